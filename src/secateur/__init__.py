@@ -1,0 +1,137 @@
+"""Secateur: pruning for PyTorch. Exact, plain, small."""
+
+from secateur.allocation import (
+    Allocation,
+    Custom,
+    Layer,
+    Threshold,
+    custom,
+    erk,
+    global_,
+    lamp,
+    laplace_scale,
+    standard_deviation,
+    threshold,
+    uniform,
+)
+from secateur.artifacts import load, load_hf, save
+from secateur.batchnorm import reestimate_batchnorm_
+from secateur.collect import Collected, collect
+from secateur.core.errors import (
+    ArtifactError,
+    BudgetError,
+    MaskError,
+    NonFiniteError,
+    PatternError,
+    SecateurError,
+    SelectionError,
+    SparsityError,
+    StatsError,
+)
+from secateur.core.names import Where, select
+from secateur.criteria import (
+    OBD,
+    RIA,
+    SNIP,
+    Criterion,
+    GraSP,
+    Magnitude,
+    Random,
+    SynFlow,
+    Taylor,
+    TaylorGroup,
+    TaylorSquared,
+    Wanda,
+)
+from secateur.inspection import Inspection, LayerInspection, inspect
+from secateur.layerwise import LayerSensitivity, Sensitivity, sensitivity
+from secateur.masks import Hold, Masks
+from secateur.measure import Latency, Measurement, measure
+from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
+from secateur.prune import prune_
+from secateur.record import LayerRecord, Report
+from secateur.stats import (
+    ExactDiagonal,
+    GradAbs,
+    GradMean,
+    GradSquare,
+    HessianGradient,
+    HutchinsonDiagonal,
+    InputNorm,
+    RowTaylorSquare,
+    SynapticFlow,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "OBD",
+    "RIA",
+    "SNIP",
+    "Allocation",
+    "ArtifactError",
+    "Block",
+    "BudgetError",
+    "Collected",
+    "Criterion",
+    "Custom",
+    "ExactDiagonal",
+    "GraSP",
+    "GradAbs",
+    "GradMean",
+    "GradSquare",
+    "HessianGradient",
+    "Hold",
+    "HutchinsonDiagonal",
+    "InputNorm",
+    "Inspection",
+    "Latency",
+    "Layer",
+    "LayerInspection",
+    "LayerRecord",
+    "LayerSensitivity",
+    "Magnitude",
+    "MaskError",
+    "Masks",
+    "Measurement",
+    "NonFiniteError",
+    "Pattern",
+    "PatternError",
+    "PerRow",
+    "Random",
+    "Report",
+    "RowTaylorSquare",
+    "SecateurError",
+    "SelectionError",
+    "Sensitivity",
+    "SparsityError",
+    "StatsError",
+    "SynFlow",
+    "SynapticFlow",
+    "Taylor",
+    "TaylorGroup",
+    "TaylorSquared",
+    "Threshold",
+    "Unstructured",
+    "Wanda",
+    "Where",
+    "collect",
+    "custom",
+    "erk",
+    "global_",
+    "inspect",
+    "lamp",
+    "laplace_scale",
+    "load",
+    "load_hf",
+    "measure",
+    "prune_",
+    "reestimate_batchnorm_",
+    "save",
+    "select",
+    "sensitivity",
+    "standard_deviation",
+    "threshold",
+    "uniform",
+]

@@ -1,0 +1,108 @@
+"""What lies in a Hugging Face folder: the configuration, the class that it names, the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from secateur.artifacts.manifest import WEIGHTS, is_plain_name, read_json
+from secateur.artifacts.tensors import first_line, listed, read_tensors
+from secateur.core.errors import ArtifactError
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FOLDER = f"a Hugging Face model folder holds {CONFIG} and {WEIGHTS}, or shards with {_INDEX}"
+
+
+def import_transformers() -> ModuleType:
+    """The module, on first use; `ArtifactError` if it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise ArtifactError("Hugging Face models need transformers: pip install secateur[hf].") from None
+    module: ModuleType = transformers
+    return module
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, unless the folder says that it holds something else than a whole, plain model."""
+    if not folder.is_dir():
+        raise ArtifactError(f"There is no folder {folder}: {_FOLDER}, and is downloaded from the Hub first.")
+    if not (folder / CONFIG).is_file():
+        raise ArtifactError(f"{folder} has no {CONFIG}: {_FOLDER}.")
+    config = read_json(folder / CONFIG)
+    if (folder / "adapter_config.json").exists():
+        raise ArtifactError(
+            f"{folder} holds an adapter (adapter_config.json): merge it into its model first."
+        )
+    if config.get("quantization_config"):
+        raise ArtifactError(f"The model in {folder} is quantized: open the original weights instead.")
+    return config
+
+
+def architecture(folder: Path, config: dict[str, Any], given: type | None) -> Any:
+    """The class that a configuration names: `given` if that is its name, else transformers' own."""
+    transformers = import_transformers()
+    path, names = folder / CONFIG, config.get("architectures")
+    if not (isinstance(names, list) and names and isinstance(names[0], str)):
+        raise ArtifactError(f'{path} does not name the model\'s class: add "architectures": ["..."].')
+    name = names[0]
+    try:
+        cls: Any = given if given and given.__name__ == name else getattr(transformers, name, None)
+    except (ImportError, RuntimeError) as error:  # the class is there, a package that it needs is not
+        raise ArtifactError(f"{name}, named in {path}, cannot be imported: {first_line(error)}") from None
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known or getattr(cls, "config_class", None) is None:
+        raise ArtifactError(
+            f"{path} names the architecture {name!r}, which transformers {transformers.__version__} does not "
+            "have: update transformers, or pass the model; code that comes with a model is not run."
+        )
+    expected = cls.config_class.model_type
+    if expected and config.get("model_type", expected) != expected:
+        raise ArtifactError(f"{path} has model_type {config['model_type']!r}, but {name} is {expected!r}.")
+    return cls
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from one file or from shards."""
+    tensors: dict[str, Tensor] = {}
+    for name in weight_files(folder):
+        part = read_tensors(folder / name)
+        if twice := part.keys() & tensors.keys():
+            raise ArtifactError(f"{folder / name} holds {listed(twice)}, which another shard holds too.")
+        tensors.update(part)
+    return tensors
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that make up the model; `ArtifactError` if there are none."""
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = folder / _INDEX
+    if index.is_file():
+        return _shards(index)
+    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        raise ArtifactError(
+            f"{folder} has its weights only as a pickle ({listed(pickles)}), which can run code when opened: "
+            "where you trust it, convert it to safetensors with transformers' save_pretrained."
+        )
+    raise ArtifactError(f"{folder} has no weights: {_FOLDER}.")
+
+
+def _shards(index: Path) -> list[str]:
+    shards = read_json(index).get("weight_map")
+    if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
+        raise ArtifactError(f"{index} has no valid weight_map.")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if not is_plain_name(name) or not name.endswith(".safetensors"):
+            raise ArtifactError(f"{index} lists {name!r}, which is no safetensors file beside it: refused.")
+        if not (index.parent / name).is_file():
+            raise ArtifactError(f"{index.parent / name} is missing: {index.name} lists it, so copy it again.")
+    return names

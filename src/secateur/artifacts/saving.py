@@ -1,0 +1,105 @@
+"""`save`: a model into a folder that checks itself when it is loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from secateur.artifacts.folder import written_at_once
+from secateur.artifacts.hf import float_dtypes, is_pretrained, write_pretrained
+from secateur.artifacts.manifest import MASKS, WEIGHTS, Manifest, fingerprints, is_plain_name
+from secateur.artifacts.tensors import refuse_unsavable, ties, write_tensors
+from secateur.core.errors import ArtifactError
+from secateur.core.names import unwrap
+from secateur.masks import Masks
+from secateur.record import Report
+
+_REPORT = "report.json"
+# What a tokenizer or a preprocessor is made of. Never code: the patterns name data files only.
+_COMPANIONS = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+    "normalizer.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "*processor_config.json",
+)
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    report: Report | None = None,
+    masks: Masks | None = None,
+    source: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a model, with its masks and report, into a folder for `load`; wholly or not at all.
+
+    A Hugging Face model is written by its own `save_pretrained`, so that plain `from_pretrained` loads the
+    folder; of any other module the tensors of the state dict are written, tied ones once. The folder holds
+
+        model.safetensors     or shards, and for a Hugging Face model config.json and generation_config.json
+        masks.safetensors     one bit a weight, if there are masks
+        report.json           if there is a report
+        secateur.json         written last: kind, ties, settings, size and SHA-256 of every file
+
+    Args:
+        model: any module; wrappers of `torch.compile` and data parallelism are looked through.
+        folder: made if it does not exist. An earlier artifact in it is replaced, other files are left alone.
+        report: of the pruning.
+        masks: of the model; those of the report if None.
+        source: the folder that the model came from: its tokenizer and preprocessor files are copied.
+
+    Raises:
+        ArtifactError: the folder holds something that is not an artifact; the model's state is not made of
+            dense tensors; its configuration does not describe it.
+        MaskError: the masks do not fit the model, or a weight that they remove is not zero.
+    """
+    model = unwrap(model)
+    folder = Path(folder)
+    if masks is None and report is not None:
+        masks = report.masks
+    if masks is not None:
+        masks.check(model)
+    companions = list(_companions(Path(source))) if source is not None else []
+    pretrained = is_pretrained(model)
+    with written_at_once(folder) as new:
+        if pretrained:
+            write_pretrained(model, new)
+        else:
+            refuse_unsavable(model)
+            write_tensors(model, new / WEIGHTS)
+        for path in companions:
+            shutil.copyfile(path, new / path.name)
+        if masks is not None:
+            masks.save(new / MASKS)
+        if report is not None:
+            report.save(new / _REPORT)
+        Manifest(
+            "hf" if pretrained else "module",
+            f"{type(model).__module__}.{type(model).__qualname__}",
+            fingerprints(new.iterdir()),
+            ties(model),
+            float_dtypes(model) if pretrained else {},
+            dict(report.settings) if report is not None else {},
+        ).write(new)
+
+
+def _companions(source: Path) -> Iterator[Path]:
+    if not source.is_dir():
+        raise ArtifactError(f"source={source} is no folder: give the folder that the model was loaded from.")
+    for pattern in _COMPANIONS:
+        yield from (
+            path for path in sorted(source.glob(pattern)) if path.is_file() and is_plain_name(path.name)
+        )

@@ -1,0 +1,65 @@
+"""Words of the command line and the objects that they name. The only place where names become objects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from enum import Enum
+
+from secateur import allocation, criteria
+from secateur.core.errors import SecateurError
+from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
+from secateur.stats import ExactDiagonal, HutchinsonDiagonal
+
+METHODS: dict[str, Callable[[int], criteria.Criterion]] = {
+    "magnitude": lambda seed: criteria.Magnitude(),
+    "random": lambda seed: criteria.Random(seed),
+    "wanda": lambda seed: criteria.Wanda(),
+    "ria": lambda seed: criteria.RIA(),
+    "taylor": lambda seed: criteria.Taylor(),
+    "taylor-squared": lambda seed: criteria.TaylorSquared(),
+    "taylor-group": lambda seed: criteria.TaylorGroup(),
+    "obd": lambda seed: criteria.OBD(),
+    "obd-hutchinson": lambda seed: criteria.OBD(HutchinsonDiagonal(seed=seed)),
+    "obd-exact": lambda seed: criteria.OBD(ExactDiagonal()),
+    "snip": lambda seed: criteria.SNIP(),
+    "grasp": lambda seed: criteria.GraSP(),
+    "synflow": lambda seed: criteria.SynFlow(),
+}
+ALLOCATIONS: dict[str, allocation.Allocation] = {
+    "uniform": allocation.uniform,
+    "global": allocation.global_,
+    "erk": allocation.erk,
+    "lamp": allocation.lamp,
+    "threshold": allocation.threshold,
+}
+
+# Enumerations, so that the help text lists the words.
+Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+AllocationName = Enum("AllocationName", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
+
+
+def pattern(text: str | None, method: str) -> Pattern:
+    """`unstructured`, `row`, `2:4` or `4x1`; None is `row` for Wanda, as in its paper, else unstructured."""
+    if text is None:
+        return PerRow() if method == "wanda" else Unstructured()
+    if text == "unstructured":
+        return Unstructured()
+    if text == "row":
+        return PerRow()
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+)x(\d+)", text):
+        return Block(int(match[1]), int(match[2]))
+    raise SecateurError(
+        f"--pattern is unstructured, row, N:M such as 2:4, or ROWSxCOLUMNS such as 4x1; got {text!r}."
+    )
+
+
+def sparsity(value: float | None, chosen: Pattern) -> float:
+    """The sparsity asked for; a pattern N:M brings its own."""
+    if value is None and isinstance(chosen, NM):
+        return 1 - chosen.n / chosen.m
+    if value is None:
+        raise SecateurError("--sparsity is needed: the fraction of weights to remove, between 0 and 1.")
+    return value

@@ -1,0 +1,33 @@
+"""Evaluation mode, and transformers without their fused kernel, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for all modules, each put back to its own mode afterwards."""
+    # Not `model.train(was)`: a frozen norm inside a training model has a mode of its own.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Transformer layers of torch call their parts; without gradients they are one kernel no hook sees."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)

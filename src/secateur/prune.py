@@ -1,0 +1,262 @@
+"""One-shot pruning of any module, in place."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocation import Allocation, Layer, uniform
+from secateur.collect import Collected, Loss, collect
+from secateur.core.bulk import zero_
+from secateur.core.errors import (
+    BudgetError,
+    NonFiniteError,
+    PatternError,
+    SecateurError,
+    SparsityError,
+    StatsError,
+)
+from secateur.core.names import Selection, Target, Where, select, unwrap
+from secateur.core.topk import count
+from secateur.criteria import Criterion
+from secateur.masks import Masks
+from secateur.measure import measure, zeros
+from secateur.patterns import Pattern, Unstructured
+from secateur.record import LayerRecord, Report
+from secateur.stats import Stats
+
+
+def prune_(
+    model: nn.Module,
+    criterion: Criterion,
+    sparsity: float | None = None,
+    *,
+    pattern: Pattern | None = None,
+    allocation: Allocation = uniform,
+    where: Where | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    stats: Collected | None = None,
+    rounds: int | None = None,
+    example: Any = None,
+) -> Report:
+    """Set the lowest-scored weights to zero, in place. On any error the model is bit-identical to before.
+
+    `sparsity` is the fraction of the selected layers' weights that go, exactly
+    `floor(sparsity * weights + 1/2)` of them (in whole blocks for `Block`). Weights that are zero already go
+    first.
+
+    Args:
+        model: any module. Wrappers of `torch.compile` and data parallelism are looked through.
+        criterion: what a weight is worth; `secateur.criteria`.
+        sparsity: fraction to remove, in [0, 1]. None where the allocation decides (`custom`, `Threshold(q)`).
+        pattern: which entries may survive; `Unstructured()` if None.
+        allocation: how much from each layer: `uniform`, `global_`, `erk`, `lamp`, `threshold`, `custom(...)`.
+        where: which layers; see `Where`. Norms, biases, embeddings and the output head are left alone unless
+            asked.
+        batches: data for criteria that need statistics; see `collect`.
+        loss: `loss(output, target)`, mean over the batch; None if the model returns its loss.
+        stats: what `collect` measured earlier on this model, instead of batches.
+        rounds: score and prune in so many steps, the density falling geometrically; the criterion's own
+            number if None.
+        example: an input; with it, multiply-accumulates and latency are measured before and after.
+
+    Returns:
+        The report; `report.masks` holds the masks.
+
+    Raises:
+        SecateurError: one of its subclasses, for anything wrong with the input.
+    """
+    started = time.perf_counter()
+    refuse_class(criterion)
+    refuse_class(pattern)
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise SparsityError(f"Sparsity is the fraction removed, between 0 and 1; got {sparsity}.")
+    rounds = criterion.rounds if rounds is None else rounds
+    if stats is not None and rounds > 1:
+        raise StatsError("Several rounds measure anew after each: pass batches= instead of stats=.")
+    if rounds < 1 or (rounds > 1 and sparsity is None):
+        raise SecateurError("rounds is at least 1, and several rounds need a sparsity to go to.")
+    pattern = pattern or Unstructured()
+    model = unwrap(model)
+    selection = select(model, where)
+    check_targets(selection.targets, pattern)
+    before = measure(model, example)
+    if rounds > 1 and isinstance(batches, Iterator):
+        batches = list(batches)  # every round reads them again
+
+    def measured() -> Collected:
+        return stats or collect(model, criterion.needs, batches, loss, selection.targets)
+
+    choose = partial(_choose, selection.targets, criterion, pattern, allocation, measured)
+    if rounds == 1:
+        keep, shares, notes = choose(sparsity)
+    else:
+        keep, shares, notes = _in_rounds(selection.targets, choose, sparsity, rounds)
+    masks = Masks({t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in selection.targets})
+    masks.apply_(model)
+    selected = time.perf_counter()
+    layers = _records(selection, masks, shares)
+    settings = {
+        "criterion": repr(criterion),
+        "sparsity": "as allocated" if sparsity is None else repr(sparsity),
+        "pattern": repr(pattern),
+        "allocation": getattr(allocation, "__name__", repr(allocation)),
+    }
+    if where is not None:
+        settings["where"] = repr(where)
+    if rounds > 1:
+        settings["rounds"] = repr(rounds)
+    return Report(
+        settings,
+        layers,
+        selection.skipped,
+        before,
+        measure(model, example),
+        (*notes, *_remarks(layers)),
+        {"pruning": selected - started, "measuring": time.perf_counter() - selected},
+        masks,
+    )
+
+
+_Chosen = tuple[dict[str, Tensor], dict[str, float], tuple[str, ...]]  # masks, sparsities, notes
+
+
+def refuse_class(setting: object) -> None:
+    """Raise `SecateurError` for `Magnitude` where `Magnitude()` is meant."""
+    if isinstance(setting, type):
+        name = setting.__name__
+        raise SecateurError(f"{name} is a class, not one of its instances: pass {name}(...) instead.")
+
+
+def check_targets(targets: Sequence[Target], pattern: Pattern) -> None:
+    """Raise `PatternError` or `NonFiniteError` for a layer that cannot be pruned."""
+    for t in targets:
+        pattern.check(t.shape, t.run, t.name)
+        low, high = t.weight.detach().aminmax()
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise NonFiniteError(
+                f"{t.name} holds NaN or infinite weights: repair it, or leave it out with "
+                f"where=Where(exclude={t.name!r})."
+            )
+
+
+def _choose(
+    targets: Sequence[Target],
+    criterion: Criterion,
+    pattern: Pattern,
+    allocation: Allocation,
+    measured: Callable[[], Collected],
+    sparsity: float | None,
+) -> _Chosen:
+    """Masks in matrix layout, without touching the model."""
+    collected = measured()
+    layers = [as_layer(t, criterion, collected.stats.get(t.name, {}), pattern) for t in targets]
+    shares = allocation(layers, sparsity)
+    _check_shares(layers, shares, sparsity)
+    keep = {}
+    for layer in layers:
+        pattern.reachable(layer.shape, shares[layer.name])
+        keep[layer.name] = pattern.keep(layer.scores(), shares[layer.name])
+    return keep, shares, collected.notes
+
+
+def as_layer(target: Target, criterion: Criterion, stats: Stats, pattern: Pattern) -> Layer:
+    """A layer whose scores are the criterion's, checked, with the weights that are zero already at `-inf`."""
+    has_zeros = zeros(target.weight) > 0
+
+    def scores() -> Tensor:
+        weight = target.matrix
+        score = criterion(weight, stats)
+        if score.shape != weight.shape:
+            raise SecateurError(
+                f"{criterion} gave scores of shape {tuple(score.shape)} for {target.name}, a matrix of "
+                f"{tuple(weight.shape)}."
+            )
+        if not bool(score.amax() < torch.inf):  # NaN too; minus infinity is a score, "goes first"
+            raise NonFiniteError(
+                f"{criterion} gave NaN or infinite scores for {target.name}: leave it out with "
+                f"where=Where(exclude={target.name!r}), or use another criterion."
+            )
+        # A weight that is zero already costs nothing to remove and must count towards the total. Not in
+        # place: a criterion may have returned the weight itself, or a statistic.
+        return score.masked_fill(weight == 0, -torch.inf) if has_zeros else score
+
+    def weight() -> Tensor:
+        return target.matrix.to(torch.promote_types(target.weight.dtype, torch.float32))
+
+    return Layer(target.name, target.shape, target.weight.shape, pattern, weight, scores)
+
+
+def _check_shares(layers: Sequence[Layer], shares: Mapping[str, float], sparsity: float | None) -> None:
+    """An allocation, ours or a user's, must cover every layer and meet the total."""
+    for layer in layers:
+        if not 0 <= shares.get(layer.name, math.nan) <= 1:
+            raise BudgetError(
+                f"The allocation gave {layer.name} a sparsity of {shares.get(layer.name)}, outside [0, 1]."
+            )
+    if sparsity is None:
+        return
+    units = sum(layer.units for layer in layers)
+    got = sum(count(shares[layer.name], layer.units) for layer in layers)
+    # Custom allocations round in each layer; the built-in ones meet the total exactly.
+    if abs(got - count(sparsity, units)) > len(layers):
+        asked = count(sparsity, units)
+        raise BudgetError(f"The allocation removes {got} of {units} units instead of {asked}.")
+
+
+def _in_rounds(
+    targets: Sequence[Target], choose: Callable[[float], _Chosen], sparsity: float | None, rounds: int
+) -> _Chosen:
+    """Score, prune, score again; the weights are put back before returning."""
+    assert sparsity is not None
+    saved = [t.weight.detach().clone() for t in targets]
+    try:
+        for i in range(1, rounds + 1):
+            # Density d^(i/n); the last round is the asked sparsity itself, without rounding noise.
+            chosen = _one_round(
+                choose, sparsity if i == rounds else 1 - (1 - sparsity) ** (i / rounds), rounds
+            )
+            for t in targets:
+                zero_(t.weight, t.layout.restore(chosen[0][t.name], t.weight.shape))
+        return chosen
+    finally:
+        with torch.no_grad():
+            for t, weight in zip(targets, saved, strict=True):
+                t.weight.copy_(weight)
+
+
+def _one_round(choose: Callable[[float], _Chosen], sparsity: float, rounds: int) -> _Chosen:
+    try:
+        return choose(sparsity)
+    except PatternError as error:
+        raise PatternError(
+            f"In {rounds} rounds the sparsity grows from 0 and is {sparsity:.4g} on the way, where: {error} "
+            "Or prune in one step with rounds=1."
+        ) from None
+
+
+def _records(selection: Selection, masks: Masks, shares: Mapping[str, float]) -> tuple[LayerRecord, ...]:
+    records = []
+    for t in selection.targets:
+        mask = masks[t.name]
+        removed = mask.numel() - int(mask.count_nonzero())
+        records.append(LayerRecord(t.name, tuple(mask.shape), shares[t.name], removed, zeros(t.weight)))
+    return tuple(records)
+
+
+def _remarks(layers: Sequence[LayerRecord]) -> tuple[str, ...]:
+    notes = ["Zeros in dense tensors: files and dense kernels do not get smaller or faster by themselves."]
+    for layer in layers:
+        if layer.removed == layer.entries:
+            notes.append(f"{layer.name} has no weight left: nothing passes through this layer any more.")
+    natural = sum(layer.zeros - layer.removed for layer in layers)
+    if natural:
+        notes.append(f"{natural:,} weights that the masks keep were zero before and still are.")
+    return tuple(notes)

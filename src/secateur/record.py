@@ -1,0 +1,177 @@
+"""What happened, as plain data: printed as a table, written as JSON, drawn by `secateur.report`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from secateur.core.files import write_text
+from secateur.masks import Masks
+from secateur.measure import Latency, Measurement
+
+_LEFT = 4  # parameters left alone that the terminal names
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One pruned layer.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter as stored.
+        asked: sparsity that the allocation gave the layer.
+        removed: weights that the mask removes, an exact count.
+        zeros: weights that are zero afterwards: those removed, and those that were zero before and stay.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    asked: float
+    removed: int
+    zeros: int
+
+    @property
+    def entries(self) -> int:
+        """Weights in all."""
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction that the mask removes."""
+        return self.removed / self.entries if self.entries else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of pruning: what was asked, what was done to each layer, what was left alone and why."""
+
+    settings: Mapping[str, str]
+    layers: tuple[LayerRecord, ...]
+    skipped: tuple[tuple[str, str], ...]
+    before: Measurement
+    after: Measurement
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+    masks: Masks = field(repr=False, compare=False)
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+
+    @property
+    def removed(self) -> int:
+        """Weights removed in all."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def entries(self) -> int:
+        """Weights of the pruned layers."""
+        return sum(layer.entries for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed of the pruned layers' weights."""
+        return self.removed / self.entries if self.entries else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the masks."""
+        return {
+            "settings": dict(self.settings),
+            "totals": {"entries": self.entries, "removed": self.removed, "sparsity": self.sparsity},
+            "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "notes": list(self.notes),
+            "seconds": dict(self.seconds),
+            "versions": dict(self.versions),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON, atomically."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def __rich__(self) -> RenderableType:
+        how = ", ".join(f"{k} {v}" for k, v in self.settings.items())
+        left = "; ".join(f"{name}, {reason}" for name, reason in self.skipped[:_LEFT])
+        if len(self.skipped) > _LEFT:
+            left += f"; and {len(self.skipped) - _LEFT} more"
+        lines = (how, f"Left alone: {left or 'nothing but biases and norms'}.", *self.notes)
+        texts = (Text(f"  {line}", style="dim") for line in lines)
+        return Group(_layer_table(self), _cost_table(self), *texts)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for package in ("secateur", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _layer_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    table.add_column("layer", footer=f"{len(report.layers)} layers", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("weights", justify="right", footer=f"{report.entries:,}")
+    table.add_column("removed", justify="right", footer=f"{report.removed:,}")
+    table.add_column("sparsity", justify="right", footer=f"{report.sparsity:.2%}")
+    for layer in report.layers:
+        shape = " x ".join(map(str, layer.shape))
+        name = escape(layer.name.removesuffix(".weight"))
+        table.add_row(name, shape, f"{layer.entries:,}", f"{layer.removed:,}", f"{layer.sparsity:.2%}")
+    return table
+
+
+def _cost_table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("whole model", "before", "after"):
+        table.add_column(column, justify="left" if column == "whole model" else "right")
+    for label, old, new in cost_rows(report.before, report.after):
+        table.add_row(label, old, new)
+    return table
+
+
+def cost_rows(before: Measurement, after: Measurement) -> list[tuple[str, str, str]]:
+    """Rows (what, before, after) of a comparison of costs, formatted."""
+    rows = [
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}"),
+        ("non-zero", f"{before.nonzero:,}", f"{after.nonzero:,}"),
+        ("sparsity of all parameters", f"{before.sparsity:.2%}", f"{after.sparsity:.2%}"),
+        ("bytes, dense", f"{before.dense_bytes:,}", f"{after.dense_bytes:,}"),
+        ("bytes, packed (bit mask + values)", f"{before.packed_bytes:,}", f"{after.packed_bytes:,}"),
+    ]
+    if before.macs is not None and after.macs is not None:
+        rows.append(("multiply-accumulates", f"{before.macs:,}", f"{after.macs:,}"))
+        rows.append(("... without zero weights", f"{before.effective_macs:,}", f"{after.effective_macs:,}"))
+    if before.latency is not None and after.latency is not None:
+        label = f"latency, dense kernels, {after.latency.threads} threads"
+        rows.append((label, _milliseconds(before.latency), _milliseconds(after.latency)))
+    return rows
+
+
+def _milliseconds(latency: Latency) -> str:
+    """Median and quartiles."""
+    low, middle, high = (f"{1e3 * x:.2f}" for x in (latency.low, latency.median, latency.high))
+    return f"{middle} ms ({low} to {high})"

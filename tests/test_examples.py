@@ -1,0 +1,37 @@
+"""Every example runs as a script, in an empty folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(folder: Path, name: str, *words: object) -> str:
+    call = [sys.executable, EXAMPLES / name, *words]
+    done = subprocess.run(list(map(str, call)), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_digits(tmp_path: Path) -> None:
+    printed = run(tmp_path, "digits.py").splitlines()
+    dense, pruned, tuned = (float(line.split()[-1]) for line in printed[:3])
+    assert dense > 0.88 and tuned > dense - 0.03 and tuned > pruned
+    assert json.loads((tmp_path / "pruned-digits" / "report.json").read_text())["totals"]["sparsity"] == (
+        pytest.approx(0.9, abs=1e-4)
+    )
+
+
+@pytest.mark.realdata("stories260k", "tinyshakespeare")
+def test_huggingface(tmp_path: Path, data_root: Path) -> None:
+    text = data_root / "tinyshakespeare" / "input.txt"
+    (tmp_path / "text.txt").write_text(text.read_text()[:20_000])
+    printed = run(tmp_path, "huggingface.py", data_root / "stories260k", "text.txt")
+    assert "2:4" in printed or "NM(n=2, m=4)" in printed
+    assert "Once upon a time" in printed
