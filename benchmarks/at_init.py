@@ -111,8 +111,8 @@ def main() -> None:
     lines = [
         "# Pruning at initialisation",
         "",
-        f"LeNet-300-100, Fashion-MNIST, {arguments.epochs} epochs, {arguments.seeds} seeds, test accuracy. Written "
-        f"by `python -m benchmarks.at_init`. Dense: {text('dense', 0.0)}.",
+        f"LeNet-300-100, Fashion-MNIST, {arguments.epochs} epochs, {arguments.seeds} seeds, test accuracy. "
+        f"Written by `python -m benchmarks.at_init`. Dense: {text('dense', 0.0)}.",
         "",
         "| pruned by | " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |",
         "| --- |" + " ---: |" * len(SPARSITIES),

@@ -2,8 +2,8 @@
 
     python -m benchmarks.global_selection [--rounds 3] [--threads 2]
 
-The shapes are SmolLM2-135M's, embedding included, with normal values (and float32 copies of bfloat16 values as
-a second case, full of ties). Both start from the same weights, in turn, in one process; a round's ratio
+The shapes are SmolLM2-135M's, embedding included, with normal values (and float32 copies of bfloat16 values
+as a second case, full of ties). Both start from the same weights, in turn, in one process; a round's ratio
 compares the two runs of that round. Written to `benchmarks/results/global_selection.json`.
 """
 

@@ -3,9 +3,9 @@
     python -m benchmarks.oneshot_criteria [resnet20 lenet300 lenet5 minilm] [--seeds 3]
 
 Each cell prunes a fresh copy of the pretrained model and measures it on test data. A seed chooses the random
-scores, the probes, and the third of the calibration data (training data, never test) that is used; criteria on
-weights alone run once. Cells are appended to `benchmarks/results/oneshot_criteria.jsonl` as they finish and a
-rerun computes only what is missing; the tables are written to `benchmarks/results/oneshot_criteria.md`.
+scores, the probes, and the third of the calibration data (training data, never test) that is used; criteria
+on weights alone run once. Cells are appended to `benchmarks/results/oneshot_criteria.jsonl` as they finish;
+a rerun computes only what is missing; the tables are written to `benchmarks/results/oneshot_criteria.md`.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def tables(out: Path) -> str:
     lines = [
         "# One-shot pruning without retraining",
         "",
-        "Written by `python -m benchmarks.oneshot_criteria`. Mean over seeds (± standard deviation where there "
-        "is more than one); — where the metric is undefined or the criterion does not apply. "
+        "Written by `python -m benchmarks.oneshot_criteria`. Mean over seeds (± standard deviation where "
+        "there is more than one); — where the metric is undefined or the criterion does not apply. "
         f"torch {torch.__version__}, {platform.machine()}, Python {platform.python_version()}.",
         "",
     ]

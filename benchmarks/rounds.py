@@ -2,8 +2,8 @@
 
     python -m benchmarks.rounds
 
-The scores are a local model of the loss around the dense network. Measured once, they do not know that the weights
-that go together mattered together; measured again after each of several smaller steps, they do. The table
+The scores are a local model of the loss around the dense network. Measured once, they do not know that
+weights that go together mattered together; measured again after each of several smaller steps, they do. The table
 compares 1 round with 4 and 16 at the same sparsity, data and final count. Written to
 `benchmarks/results/rounds.md`.
 """

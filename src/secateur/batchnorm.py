@@ -19,7 +19,7 @@ def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Any]) -> int:
     """Measure the running mean and variance of every batch normalisation anew, in place; no weight changes.
 
     Pruning changes the distribution of what each layer passes on, while batch normalisation still subtracts
-    and divides by what the dense network had. In a network with batch normalisation that is a large part of the
+    and divides by what the dense network had. In a network with batch normalisation that is much of the
     damage of one-shot pruning, and a few forward passes undo it. Statistics are the plain means over
     `batches`, of their means and unbiased variances, each with all layers before it using the batch's own.
 

@@ -230,6 +230,19 @@ def test_gradients_too_small_to_square_are_compared():
     assert found.notes[0].startswith(ONE_BY_ONE)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_squares_of_half_precision_gradients_do_not_underflow(size):
+    model, (x, y) = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), data(4, 5)
+
+    def small(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target) * 1e-3
+
+    exact = sc.collect(model, [sc.GradSquare()], [(x, y)], small).stats["0.weight"]
+    half = [(part.half(), target) for part, target in zip(x.split(size), y.split(size), strict=True)]
+    found = sc.collect(model.half(), [sc.GradSquare()], half, small).stats["0.weight"]
+    assert close(found[sc.GradSquare()], exact[sc.GradSquare()], 0.03)
+
+
 @dataclass(frozen=True)
 class Spy(ExampleStat):
     """Notes the size of every block of gradients."""
