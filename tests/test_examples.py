@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 def run(folder: Path, name: str, *words: object) -> str:
     call = [sys.executable, EXAMPLES / name, *words]
-    done = subprocess.run(list(map(str, call)), cwd=folder, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the other workers fill the other cores
+    done = subprocess.run(
+        list(map(str, call)), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
