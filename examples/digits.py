@@ -11,6 +11,7 @@ from torch import nn
 import secateur as sc
 
 torch.manual_seed(0)
+torch.set_num_threads(1)  # the tensors are small
 digits = load_digits()
 x = torch.tensor(digits.data, dtype=torch.float32) / 16
 y = torch.tensor(digits.target)
