@@ -239,18 +239,20 @@ def table(demo: Demo) -> Table:
     """Accuracy by criterion and sparsity, for the terminal."""
     out = Table(
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=f"Digits, test accuracy; dense {_text(list(demo.dense))}",
         caption=f"per cent, mean ± standard deviation over {len(demo.dense)} seeds; dense-small is a "
         "narrower network with as many weights, trained from scratch for the same time",
     )
-    out.add_column("criterion")
-    out.add_column("")
+    out.add_column("criterion", no_wrap=True)
+    out.add_column("", no_wrap=True)
     for sparsity in SPARSITIES:
-        out.add_column(f"{sparsity:.0%}", justify="right")
+        out.add_column(f"{sparsity:.0%}", justify="right", no_wrap=True)
     for name in demo.criteria:
-        kinds = [("trained", True)] if name == "dense-small" else [("one shot", False), ("fine-tuned", True)]
+        kinds = [("trained", True)] if name == "dense-small" else [("one shot", False), ("tuned", True)]
         for i, (kind, tuned) in enumerate(kinds):
-            cells = [_text(demo.values(name, s, tuned)) for s in SPARSITIES]
+            cells = [_text(demo.values(name, s, tuned)).replace(" ", "") for s in SPARSITIES]
             out.add_row(name if i == 0 else "", kind, *cells, end_section=i + 1 == len(kinds))
     return out
 
