@@ -127,6 +127,29 @@ def test_inspect_prints_json_and_writes_a_page(
 
 
 @pytest.mark.realdata(STORIES, "tinystories")
+def test_rounds_measure_anew(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(json.loads((data_root / "tinystories" / "stories.json").read_text())[:4]))
+    words = [
+        "prune",
+        data_root / STORIES,
+        "--method",
+        "taylor",
+        "--sparsity",
+        0.6,
+        "--data",
+        data,
+        "--length",
+        64,
+    ]
+    found = []
+    for rounds in (1, 3):
+        assert run(monkeypatch, *words, "--rounds", rounds, "--out", tmp_path / f"{rounds}") == 0
+        found.append(sc.Masks.load(tmp_path / f"{rounds}" / "masks.safetensors"))
+    assert found[0].kept == found[1].kept and found[0] != found[1]
+
+
+@pytest.mark.realdata(STORIES, "tinystories")
 def test_sensitivity_measures_every_layer(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

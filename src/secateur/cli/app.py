@@ -72,6 +72,12 @@ SparsityValue = Annotated[
     float | None,
     typer.Option("--sparsity", help="Fraction of weights to remove, 0 to 1; a pattern N:M brings its own."),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Measure and prune in so many steps: better at high sparsity for criteria that use data."
+    ),
+]
 _MAGNITUDE = choices.Method("magnitude")
 _UNIFORM = choices.AllocationName("uniform")
 
@@ -138,6 +144,7 @@ def prune(
     include: Include = None,
     exclude: Exclude = None,
     also: Also = None,
+    rounds: Rounds = None,
     seed: Seed = 0,
 ) -> None:
     """Prune a model in one shot and save it, loadable as before, with a report."""
@@ -160,6 +167,7 @@ def prune(
         where=where,
         batches=calibration.batches if calibration else None,
         loss=calibration.loss if calibration else None,
+        rounds=rounds,
         example=example_input(model),
     )
     if held_out is not None:
@@ -213,7 +221,9 @@ def _say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _where(include: Globs, exclude: Globs, also: Globs) -> Where:
+def _where(include: Globs, exclude: Globs, also: Globs) -> Where | None:
+    if not (include or exclude or also):
+        return None
     return Where(tuple(include) if include else "*", tuple(exclude or ()), tuple(also or ()))
 
 
