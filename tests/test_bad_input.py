@@ -408,3 +408,21 @@ def test_a_good_call_keeps_modes_gradients_and_hooks_too():
     assert changed == {"0.weight", "5.weight"}
     before.pop("tensors")
     assert after == before
+
+
+def test_a_forward_pass_that_fails_on_the_pruned_weights_undoes_the_pruning() -> None:
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if bool((self.body.weight == 0).any()):
+                raise ArithmeticError("a division by zero, say")
+            return self.head(self.body(x))
+
+    model = Fragile()
+    before = model.body.weight.detach().clone()
+    with pytest.raises(ArithmeticError):
+        sc.prune_(model, sc.Magnitude(), 0.5, example=torch.zeros(1, 8))
+    assert torch.equal(model.body.weight, before)

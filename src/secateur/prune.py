@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -100,8 +101,11 @@ def prune_(
     else:
         keep, shares, notes = _in_rounds(selection.targets, choose, sparsity, rounds)
     masks = Masks({t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in selection.targets})
-    masks.apply_(model)
-    selected = time.perf_counter()
+    # A forward pass on the pruned weights can fail where that on the dense ones did not.
+    with _undone_on_error(selection.targets) if example is not None else nullcontext():
+        masks.apply_(model)
+        selected = time.perf_counter()
+        after = measure(model, example)
     layers = _records(selection, masks, shares)
     settings = {
         "criterion": repr(criterion),
@@ -118,11 +122,24 @@ def prune_(
         layers,
         selection.skipped,
         before,
-        measure(model, example),
+        after,
         (*notes, *_remarks(layers)),
         {"pruning": selected - started, "measuring": time.perf_counter() - selected},
         masks,
     )
+
+
+@contextmanager
+def _undone_on_error(targets: Sequence[Target]) -> Iterator[None]:
+    """Put the weights back if the body raises."""
+    saved = [t.weight.detach().clone() for t in targets]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for t, weight in zip(targets, saved, strict=True):
+                t.weight.copy_(weight)
+        raise
 
 
 _Chosen = tuple[dict[str, Tensor], dict[str, float], tuple[str, ...]]  # masks, sparsities, notes
