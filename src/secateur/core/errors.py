@@ -38,5 +38,9 @@ class MaskError(SecateurError):
     """Masks that do not fit a model, or a masked weight that is not zero."""
 
 
+class SurgeryError(SecateurError):
+    """A structured removal that the model's code cannot follow, or that is for another model."""
+
+
 class ArtifactError(SecateurError):
     """A missing, corrupt or foreign file or folder."""

@@ -1,0 +1,81 @@
+"""How rules are found: one function for each operator, by the operator's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from secateur.graph.types import Types, TypingError
+
+
+class Call:
+    """One call of an operator: arguments by the names of its schema, and what it returned."""
+
+    __slots__ = ("args", "func", "kwargs", "name", "out")
+
+    def __init__(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self.func, self.name, self.args, self.kwargs, self.out = func, name, args, kwargs, out
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument, or its default."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                return self.args[i] if i < len(self.args) else argument.default_value
+        raise TypingError(f"it has no argument {name!r}")
+
+    def has(self, name: str) -> bool:
+        """Whether the schema has an argument of this name."""
+        return any(argument.name == name for argument in self.func._schema.arguments)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+    @property
+    def outs(self) -> list[Tensor]:
+        """All tensors returned."""
+        return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]
+
+
+Rule = Callable[[Types, Call], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register how an operator types its outputs.
+
+    A rule gets the types of the trace and the call. It unifies dimensions that are indexed alike, freezes
+    what must not be cut, and gives each output a type with `types.put` or `types.like`. An operator
+    without a rule freezes all dimensions that it touches.
+
+    Args:
+        names: as in `torch.ops`, with the namespace: `"aten::mm"`, `"mylib::fused_mlp"`.
+
+    >>> @sc.rule("mylib::scale_rows")
+    ... def scale_rows(types, call):
+    ...     types.unify(types.dims(call["x"])[0], types.dims(call["scale"])[0])
+    ...     types.like(call.out, types.dims(call["x"]), call["x"])
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name if "::" in name else f"aten::{name}"] = function
+        return function
+
+    return register
+
+
+def positive(i: int, n: int) -> int:
+    """A dimension counted from the front."""
+    return i + n if i < 0 else i
+
+
+def as_list(dims: Any) -> list[int]:
+    """One dimension or several, as a list."""
+    return list(dims) if isinstance(dims, list | tuple) else [dims]

@@ -1,0 +1,7 @@
+"""Cutting a model: what to keep as data, previewed, applied wholly or not at all, undone, replayed."""
+
+from secateur.surgery.apply import Applied, carry_out
+from secateur.surgery.cuts import Attribute, CutAxis, Cuts
+from secateur.surgery.surgery import Plan, Surgery, replay_
+
+__all__ = ["Applied", "Attribute", "CutAxis", "Cuts", "Plan", "Surgery", "carry_out", "replay_"]
