@@ -1,12 +1,14 @@
 """Three ways to run operators during a trace, from fast to faithful.
 
-- `Meta`: tensors on the meta device, whatever device the model is on. Shapes only, hardly any overhead.
+- `Light`: small tensors that no parameter went into keep their values, all others have shapes alone. Positions
+  and masks are computed, so that code may read them, while nothing that costs anything is.
 - `Fake`: torch's fake tensors. Slower, and closer to the real device where code asks for it.
-- `Real`: the model's own tensors, for code that reads values.
+- `Real`: the model's own tensors, for code that reads values of activations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,10 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+
+from secateur.graph.types import Types
 
 aten = torch.ops.aten
-_META = torch.device("meta")
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+_CHEAP = 2**18  # entries of a tensor whose values are worth having
 
 
 class Engine(Protocol):
@@ -70,45 +74,93 @@ class Fake:
         return (quick(*args, **kwargs) if quick in _REFUSED else func(*args, **kwargs)), args, kwargs
 
 
-class Meta:
-    """Tensors on the meta device."""
+class Light:
+    """Values where they are cheap, shapes elsewhere."""
 
-    name = "meta"
+    name = "light"
 
-    def __init__(self, attach: Callable[[Tensor, Tensor], None]) -> None:
-        self._attach = attach  # gives a meta tensor the type of the tensor that it stands for
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the original is kept alive
+    def __init__(self, types: Types) -> None:
+        self._types = types
+        self._shadows: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the original is kept alive
+        self._metas: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
 
     def input(self, t: Tensor) -> Tensor:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=_META)
-
-    def _twin(self, t: Tensor) -> Tensor:
-        if t.device.type == "meta":
-            return t
-        known = self._twins.get(id(t))
-        if known is None:
-            known = t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=_META)
-            self._attach(known[1], t)
-            self._twins[id(t)] = known
-        return known[1]
+        return _meta(t) if t.is_meta or t.numel() > _CHEAP else t.detach().cpu().clone()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-        args = tuple(self._mapped(a) for a in args)
-        kwargs = {k: self._mapped(v) for k, v in kwargs.items()} if kwargs else kwargs
+        found: list[Tensor] = []
+
+        def shadow(t: Tensor) -> Tensor:
+            found.append(s := self._shadow(t))
+            return s
+
+        args = tuple(_mapped(shadow, a) for a in args)
+        kwargs = {k: _mapped(shadow, v) for k, v in kwargs.items()} if kwargs else kwargs
+        empty = any(t.is_meta for t in found) or (not found and _asks_for_much(args))
+        if empty and found:
+            args = tuple(_mapped(self._emptied, a) for a in args)
+            kwargs = {k: _mapped(self._emptied, v) for k, v in kwargs.items()} if kwargs else kwargs
+            if func._schema.is_mutable:
+                self._taint(found, args)
         if _takes_device(func):
-            kwargs = {**kwargs, "device": _META}
+            kwargs = {**kwargs, "device": _META if empty else _CPU}
             kwargs.pop("pin_memory", None)
-        quick = _QUICK.get(func)
+        quick = _QUICK.get(func) if empty else None
         return (quick or func)(*args, **kwargs), args, kwargs
 
-    def _mapped(self, x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return self._twin(x)
-        return tree_map_only(Tensor, self._twin, x) if isinstance(x, list | tuple) else x
+    def _shadow(self, t: Tensor) -> Tensor:
+        """What stands for a tensor: its own shape for a parameter, a copy for a small buffer."""
+        known = self._shadows.get(id(t))
+        if known is not None:
+            return known[1]
+        stored = self._types.stored.get(id(t))
+        if stored is None:
+            return t
+        cheap = not stored.is_parameter and not t.is_meta and t.numel() <= _CHEAP
+        made = t.detach().cpu().clone() if cheap else _meta(t)
+        self._types.stand_in(made, t)
+        self._shadows[id(t)] = t, made
+        return made
+
+    def _emptied(self, t: Tensor) -> Tensor:
+        """The same tensor without values."""
+        if t.is_meta:
+            return t
+        known = self._metas.get(id(t))
+        if known is None:
+            known = t, _meta(t)
+            self._types.stand_in(known[1], t)
+            self._metas[id(t)] = known
+        return known[1]
+
+    def _taint(self, found: list[Tensor], args: tuple[Any, ...]) -> None:
+        """A tensor with values into which one without was written has none any more."""
+        target = found[0]
+        if not target.is_meta and isinstance(args[0], Tensor):
+            self._shadows[id(target)] = target, args[0]
+
+
+def _meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=_META)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, list | tuple) and any(isinstance(v, Tensor | list | tuple) for v in x):
+        return type(x)(_mapped(function, v) for v in x)
+    return x
+
+
+def _asks_for_much(args: tuple[Any, ...]) -> bool:
+    """Whether a factory is asked for a large tensor."""
+    first = args[0] if args else ()
+    return isinstance(first, list | tuple) and math.prod(n for n in first if isinstance(n, int)) > _CHEAP
 
 
 _DEVICES: dict[Any, bool] = {}

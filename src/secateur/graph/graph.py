@@ -267,7 +267,11 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
     norms = _rms_norms(model, types)
     found = groups.find_groups(types, norms)
     steps = _feasible(found, constraints)
-    final = tuple(replace(g, frozen=g.axis.frozen, step=steps.get(g.axis, 1)) for g in found)
+    final = tuple(
+        replace(g, frozen=g.axis.frozen, step=step, least=least)
+        for g in found
+        for step, least in (steps.get(g.axis, (1, 1)),)
+    )
     by_axis = {g.axis: g for g in final}
     clusters = [
         tuple(by_axis[a] for a in cluster if a in by_axis and a.frozen is None)
@@ -301,21 +305,22 @@ def _freeze_outputs(traced: Traced) -> list[tuple[list[Dim], int]]:
     return [(traced.types.dims(t)[1::2], t.element_size()) for t in cached(traced.output)]
 
 
-def _feasible(found: list[Group], constraints: Constraints) -> dict[Axis, int]:
-    """Try each cluster of axes; freeze those whose sizes the code cannot follow. Steps of the others."""
+def _feasible(found: list[Group], constraints: Constraints) -> dict[Axis, tuple[int, int]]:
+    """Try each cluster of axes; freeze those whose sizes the code cannot follow. Step and least of others."""
     known = {g.axis for g in found}
     sets = [{a for a in c if a.frozen is None} for c in constraints.clusters()]
     together = [s & known for s in sets if s & known]
     alone = known - {a for s in together for a in s}
-    steps: dict[Axis, int] = {}
+    steps: dict[Axis, tuple[int, int]] = {}
     pending = [[a] for a in alone if a.frozen is None] + [list(s) for s in together]
     while pending:
         cluster = [a for a in pending.pop() if a.frozen is None]
         if not cluster:
             continue
-        step, why = _step(cluster, constraints)
+        step, least, why = _step(cluster, constraints)
         if step:
-            steps |= {a: step * (a.size // common_step(b.size for b in cluster)) for a in cluster}
+            shares = common_step(b.size for b in cluster)
+            steps |= {a: (step * (a.size // shares), least * (a.size // shares)) for a in cluster}
         elif len(cluster) > 1 and len({a.size for a in cluster}) > 1:
             # One attribute gives products of different axes: perhaps some can be cut alone.
             pending += [[a] for a in cluster]
@@ -325,19 +330,23 @@ def _feasible(found: list[Group], constraints: Constraints) -> dict[Axis, int]:
     return steps
 
 
-def _step(cluster: list[Axis], constraints: Constraints) -> tuple[int, str]:
-    """The smallest number of equal shares that can be removed, 0 with a reason if none can."""
+def _step(cluster: list[Axis], constraints: Constraints) -> tuple[int, int, str]:
+    """How finely a cluster can be cut: step and least kept, in equal shares; 0 with a reason if it cannot."""
     shares = common_step(a.size for a in cluster)
-    why = "its size cannot change"
+    why = "only one share of it could be kept"
+
+    def refusal(n: int) -> str:
+        found = constraints.solve({a: a.size // shares * n for a in cluster}).problems
+        return found[0].text if found else ""
+
     for step in _STEPS:
-        if step >= shares and step > 1:
+        if step >= shares:
             break
         # Several counts, since a size that is divided by two may be odd at one of them.
-        tried = {n for n in (shares - step, shares - 2 * step, step) if 0 < n < shares}
-        results = [constraints.solve({a: a.size // shares * n for a in cluster}) for n in tried]
-        if tried and not any(r.problems for r in results):
-            return step, ""
-        problems = [p for r in results for p in r.problems]
-        why = problems[0].text if problems else "only one share of it could be kept"
-    return 0, why
-
+        tried = [n for n in (shares - step, shares - 2 * step, shares // 2 // step * step) if 0 < n < shares]
+        reasons = [r for n in dict.fromkeys(tried) if (r := refusal(n))]
+        if not reasons:
+            least = next((n for n in (step, 2 * step, 4 * step) if n >= min(tried) or not refusal(n)), min(tried))
+            return step, least, ""
+        why = reasons[0]
+    return 0, 0, why

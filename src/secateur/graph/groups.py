@@ -55,6 +55,7 @@ class Group:
         axis: in the algebra.
         home: the graph.
         step: counts that can be removed are multiples of this.
+        least: fewest units that the code can follow.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Group:
     axis: Axis = field(repr=False)
     home: Home = field(repr=False)
     step: int = 1
+    least: int = 1
 
     @property
     def exact(self) -> bool:

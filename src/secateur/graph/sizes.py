@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.graph import axes
 from secateur.graph.axes import Dim
 from secateur.graph.ints import Expr, Ledger, Op, Size, TracedInt, expr_of, plain
+from secateur.graph.rules import RULES, Call
 from secateur.graph.types import Columns, Place, Types, blame, place
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -79,6 +80,8 @@ class SizeMode(TorchFunctionMode):
         if name in ("numel", "nelement", "__len__") and isinstance(args[0], Tensor):
             return self._count(func, name, args[0])
         self._numbers(name, args, kwargs)
+        if name == "scaled_dot_product_attention" and self.device is not None:
+            return self._attention(tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
         self.types.selecting = self._selected(name, args)
         try:
             out = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
@@ -91,6 +94,16 @@ class SizeMode(TorchFunctionMode):
             except Exception as error:  # a form of the call that is not understood: nothing of it is cut
                 self._refuse(f"the sizes given to {name} are not understood ({error})", args, kwargs, out)
         return out
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Fused attention as one operator: without a device torch takes it apart."""
+        func = torch.ops.aten.scaled_dot_product_attention.default
+        call = Call(func, "aten::scaled_dot_product_attention", args, kwargs, None)
+        query, value = call["query"], call["value"]
+        call.out = query.new_empty((*query.shape[:-1], value.shape[-1]), device="meta")
+        self.types.operators[call.name] += 1
+        RULES[call.name](self.types, call)
+        return call.out
 
     def _refuse(self, why: str, *trees: Any) -> None:
         for t in tree_leaves(trees):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
+from secateur.swaps import SlimMultiheadAttention, swap_
+
 
 @dataclass(frozen=True)
-class Swapped:
+class Exchanged:
     """Which modules were exchanged, and how to change them back."""
 
     names: tuple[str, ...]
     undo: Callable[[], object]
 
 
-def swap_modules_(model: nn.Module, names: Iterable[str] | None = None) -> Swapped:
-    """Exchange the classes of such modules, of all or those named."""
-    return Swapped((), lambda: None)
+def swap_modules_(model: nn.Module) -> Exchanged:
+    """Exchange the classes of all such modules that are not exchanged yet."""
+    before = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    handle = swap_(model)
+    after = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+    return Exchanged(tuple(sorted(after - before)), handle.undo)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur.core.modes import evaluation, unfused
 from secateur.graph import axes
-from secateur.graph.engines import Engine, Fake, Meta, Real
+from secateur.graph.engines import Engine, Fake, Light, Real
 from secateur.graph.ints import Attr, Ledger, TracedInt
 from secateur.graph.rules import RULES, Call
 from secateur.graph.rules.pointwise import is_pointwise, pointwise
@@ -123,7 +123,7 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
     """
     empty = any(p.is_meta for p in model.parameters())
     reasons: list[str] = []
-    for engine in ("meta", "fake") if empty else ("meta", "fake", "real"):
+    for engine in ("light", "fake") if empty else ("light", "fake", "real"):
         try:
             traced = _run(model, args, kwargs, engine)
         except Exception as error:
@@ -145,7 +145,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
         types.stored[id(tensor)] = Stored(
             name, tensor, Type(dims, live, root=name if is_parameter else None), is_parameter
         )
-    engine: Engine = Meta(types.stand_in) if how == "meta" else Fake() if how == "fake" else Real()
+    engine: Engine = Light(types) if how == "light" else Fake() if how == "fake" else Real()
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
         stack.enter_context(_untouched(model))
@@ -161,8 +161,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
         owners = stack.enter_context(_traced_attributes(model, ledger))
         stack.enter_context(_module_names(model, types))
         stack.enter_context(_RuleMode(types, engine))
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        stack.enter_context(SizeMode(types, ledger, ties, device if how == "meta" else None))
+        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        stack.enter_context(SizeMode(types, ledger, ties, device if how == "light" else None))
         ledger.listening = True
         output = model(*inputs[0], **inputs[1])
         ledger.listening = False

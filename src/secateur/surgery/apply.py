@@ -49,7 +49,7 @@ def carry_out(model: nn.Module, cuts: Cuts, optimizers: Iterable[Optimizer] = ()
     journal = Journal()
     try:
         if cuts.swaps:
-            journal.done(swap_modules_(model, cuts.swaps).undo)
+            journal.done(swap_modules_(model).undo)
         if cuts.edits:
             journal.done(apply_edits([Edit.from_dict(e) for e in cuts.edits]).undo)
         slots = _slots(model)

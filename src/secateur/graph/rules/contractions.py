@@ -72,7 +72,8 @@ def _(types: Types, call: Call) -> None:
 
 @rule("bmm")
 def _(types: Types, call: Call) -> None:
-    types.put(call.out, *_batched(types, call["self"], call["mat2"]))
+    dims, live = _batched(types, call["self"], call["mat2"])
+    types.put(call.out, dims, live=live)
 
 
 @rule("baddbmm", "baddbmm_")
