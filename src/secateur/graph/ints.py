@@ -63,7 +63,7 @@ class Ledger:
 
     values: dict[Attr, int] = field(default_factory=dict)
     guards: dict[tuple[Any, ...], Guard] = field(default_factory=dict)
-    numbers: dict[tuple[str, Place], Expr] = field(default_factory=dict)  # sizes used as numbers
+    numbers: dict[tuple[str, Expr, Place], None] = field(default_factory=dict)  # sizes used as numbers
     listening: bool = False
 
     def compared(self, name: str, left: Expr, right: Expr, outcome: bool) -> None:
@@ -74,7 +74,7 @@ class Ledger:
     def used_as_number(self, expr: Expr, what: str) -> None:
         """Remember that a size became a number: a scale, a divisor, a fill value."""
         if self.listening and not isinstance(expr, int):
-            self.numbers.setdefault((f"{expr} ({what})", place()), expr)
+            self.numbers[f"{expr} ({what})", expr, place()] = None
 
 
 class TracedInt(int):

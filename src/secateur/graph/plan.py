@@ -85,17 +85,17 @@ class Constraints:
     """The ties, comparisons and numbers of a trace, found quickly by the axes and attributes in them."""
 
     def __init__(
-        self, ties: list[Tie], guards: Iterable[Guard], numbers: Mapping[tuple[str, Place], Expr],
+        self, ties: list[Tie], guards: Iterable[Guard], numbers: Iterable[tuple[str, Expr, Place]],
         values: Mapping[Attr, int]
     ) -> None:
         self.values = values
         self._sites: dict[object, CallSite | Reason] = {}
         self.ties = _distinct(ties)
         self.guards = [g for g in guards if not _frozen_expr(g.left) or not _frozen_expr(g.right)]
-        self.numbers = [(what, place, expr) for (what, place), expr in numbers.items()]
+        self.numbers = list(numbers)
         self._ties = _index((t.expr, t.dim) for t in self.ties)
         self._guards = _index((g.left, g.right) for g in self.guards)
-        self._numbers = _index((expr,) for _, _, expr in self.numbers)
+        self._numbers = _index((expr,) for _, expr, _ in self.numbers)
 
     def solve(self, kept: Mapping[Axis, int]) -> Solution:
         """New attributes that make every tie hold for the sizes `kept`."""
@@ -330,7 +330,7 @@ class _Solver:
     def _numbers(self, seen: set[Axis | Attr]) -> None:
         """A size that the code uses as a number would be another number."""
         for i in {i: None for key in seen for i in self.c._numbers.get(key, ())}:
-            what, place, expr = self.c.numbers[i]
+            what, expr, place = self.c.numbers[i]
             if self.value(expr) != evaluate(expr, axes.extent, lambda a: self.c.values[a]):
                 self.out.problems.append(Problem(f"{what} is used as a number at {place}", _axes_of(expr)))
 

@@ -112,6 +112,7 @@ class Inexact:
     factors: tuple[frozenset[Axis], ...]
     why: str
     module: str
+    live: frozenset[Axis] = NONE  # of what is normalised: a norm can make good only what is zero there
 
 
 @dataclass
@@ -205,10 +206,10 @@ class Types:
         if dim:
             self.uses.append(Use(dim, role, root))
 
-    def changes(self, dim: Dim, why: str) -> None:
-        """State that removing positions of `dim` is not the same as zeroing them."""
+    def changes(self, dim: Dim, why: str, live: frozenset[Axis] = NONE) -> None:
+        """State that removing positions of `dim` is not the same as zeroing them in a tensor live at `live`."""
         if axes.frozen_reason(dim) is None:
-            self.inexact.append(Inexact(dim, (), blame(why), self.modules[-1] if self.modules else ""))
+            self.inexact.append(Inexact(dim, (), blame(why), self.modules[-1] if self.modules else "", live))
 
     def summed(self, dim: Dim, *factors: frozenset[Axis], why: str = "summed where it is not zero") -> None:
         """State that `dim` is summed over a product of factors, each live on the axes given."""
@@ -273,9 +274,9 @@ def facts(types: Types, exempt: Container[str] = ()) -> Axisfacts:
         for leaf in axes.leaves(use.dim):
             found.roles[leaf].setdefault(use.role, set()).add(use.root)
     for event in types.inexact:
-        if event.module in exempt:
-            continue
         alive = [axes.leaves(live) for live in event.factors]
+        if event.module in exempt:
+            alive.append(axes.leaves(event.live))
         for leaf in axes.leaves(event.dim):
             if all(leaf in live for live in alive):
                 found.inexact[leaf][event.why] = None

@@ -24,6 +24,7 @@ from secateur.graph.plan import Solution
 from secateur.callsites import Edit
 from secateur.surgery.apply import Applied, carry_out
 from secateur.surgery.cuts import Attribute, CutAxis, Cuts, node_of
+from secateur.surgery.journal import Journal
 from secateur.surgery.norms import rescaled_norms
 from secateur.surgery.repairs import edits_of
 
@@ -128,7 +129,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cuts as JSON, for `replay_` on a freshly built model."""
-        write_text(path, json.dumps({"format": 1, "cuts": self.cuts.to_dict()}) + "\n")
+        save_cuts([self.cuts], path)
 
     def __rich__(self) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_footer=True)
@@ -210,16 +211,38 @@ def replay_(
     Raises:
         ArtifactError: the file is damaged. SurgeryError: it is for another model.
     """
-    from_file = source if isinstance(source, Mapping) else read_surgery(source)
-    return carry_out(model, Cuts.from_dict(from_file["cuts"]), optimizer)
-
-
-def read_surgery(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The content of a surgery file; `ArtifactError` if it is none."""
+    journal = Journal()
+    cuts = read_cuts(source)
     try:
-        data = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read as a surgery: {error}.") from None
-    if not isinstance(data, dict) or data.get("format") != 1 or "cuts" not in data:
-        raise ArtifactError(f"{path} is no surgery of a known format.")
-    return data
+        for one in cuts:
+            applied = carry_out(model, one, optimizer)
+            journal.done(applied.undo)
+    except BaseException:
+        journal.undo()
+        raise
+    return Applied(cuts[-1], journal)
+
+
+def save_cuts(cuts: Sequence[Cuts], path: str | os.PathLike[str]) -> None:
+    """Write what one or several surgeries, one after the other, leave of a model, as JSON."""
+    write_text(path, json.dumps(as_data(cuts)) + "\n")
+
+
+def as_data(cuts: Sequence[Cuts]) -> dict[str, Any]:
+    """The content of a surgery file."""
+    return {"format": 1, "cuts": [one.to_dict() for one in cuts]}
+
+
+def read_cuts(source: str | os.PathLike[str] | Mapping[str, Any]) -> list[Cuts]:
+    """Surgeries from a file or its content; `ArtifactError` if it is none."""
+    data: Any = source
+    if not isinstance(source, Mapping):
+        try:
+            data = json.loads(Path(source).read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{source} cannot be read as a surgery: {error}.") from None
+    if not isinstance(data, Mapping) or data.get("format") != 1 or not isinstance(data.get("cuts"), list):
+        raise ArtifactError(f"{source if data is not source else 'This'} is no surgery of a known format.")
+    if not data["cuts"]:
+        raise ArtifactError("The surgery is empty.")
+    return [Cuts.from_dict(one) for one in data["cuts"]]

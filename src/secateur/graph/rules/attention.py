@@ -18,6 +18,7 @@ def _(types: Types, call: Call) -> None:
     types.unify(d, e)
     types.unify(k, v)
     heads: Dim = ()
+    shared: list[Dim] = [q]  # along these the values are the same, zero or not
     for i, (a, b, c) in enumerate(zip(Q, K, V, strict=True)):
         types.unify(b, c)
         if axes.extent(a) == axes.extent(b):
@@ -26,6 +27,7 @@ def _(types: Types, call: Call) -> None:
             repeat = axes.fresh(axes.extent(a) // axes.extent(b))
             types.unify(a, (*b, *repeat))
             types.note(repeat, "repeat")
+            shared.append(repeat)
         if i == len(Q) - 1:
             heads = a
             types.note(a, "batch")
@@ -47,7 +49,7 @@ def _(types: Types, call: Call) -> None:
     types.multiply(*Q, q, k, w)
     outs = call.outs
     # A head is zero where its values are; a key is not, since softmax gives it a share.
-    types.put(outs[0], [*Q, q, w], live=meet(types.of(value).live | everywhere([q]), everywhere([*Q, q, w])))
+    types.put(outs[0], [*Q, q, w], live=meet(types.of(value).live | everywhere(shared), everywhere([*Q, q, w])))
     for t in outs[1:]:
         plain = [*Q, q] if t.dim() == len(Q) + 1 and t.shape[:-1] == query.shape[:-2] and t.shape[-1] == query.shape[-2] else None
         types.put(t, plain or [axes.fresh(n, "internal to attention") for n in t.shape])

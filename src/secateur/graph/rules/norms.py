@@ -59,7 +59,7 @@ def _(types: Types, call: Call) -> None:
     inner = dims[-n:]
     for d in inner:
         types.note(d, "norm")
-        types.changes(d, "normalised over it")
+        types.changes(d, "normalised over it", types.of(x).live)
     bias = call["bias"] if call.has("bias") else None
     types.put(call.outs[0], dims, live=_affine(types, call["weight"], bias, inner, dims))
     for t in call.outs[1:]:

@@ -37,7 +37,7 @@ def _(types: Types, call: Call) -> None:
         if base in _PLAIN:
             types.summed(d, kind.live)
         else:
-            types.changes(d, f"{base} over it")
+            types.changes(d, f"{base} over it", kind.live)
         types.note(d, "mean" if base == "mean" else "reduced")
         if keep:
             kept.append(())

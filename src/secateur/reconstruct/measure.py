@@ -1,0 +1,243 @@
+"""Moments of the inputs of consumers, in one model or in two side by side.
+
+Shapes: N examples, T tokens or positions of an example, I inputs of a row of the layer's matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.collect import traffic
+from secateur.collect.batches import Batch, as_batches
+from secateur.collect.traffic import inputs_GNTI, with_examples
+from secateur.core.errors import NonFiniteError, SecateurError
+from secateur.core.names import unwrap
+from secateur.progress import track
+from secateur.reconstruct.consumers import Consumer
+from secateur.reconstruct.moments import Covariance, CrossMoments, Joint, Moments
+from secateur.reconstruct.order import Inputs, Stage, check_shared, listening, measuring, stages_of
+
+M = TypeVar("M", Moments, CrossMoments)
+
+_UNCALLED = "its module was never called on this data"
+_UNPAIRED = "it got inputs of other shapes in the pruned model than in the dense one"
+
+
+@dataclass(frozen=True)
+class Measured(Generic[M]):
+    """Moments by the name of the consumer's weight, and reasons for those that could not be measured."""
+
+    moments: dict[str, M]
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which rows of a layer's input are counted.
+
+    Args:
+        positions: of a convolution, at most so many for each example, drawn anew for every call; None: all.
+        seed: of the draw.
+    """
+
+    positions: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.positions is not None and self.positions < 1:
+            raise SecateurError(f"positions=... is at least 1, or None for all; got {self.positions}.")
+
+
+def moments(
+    model: nn.Module, consumers: Sequence[Consumer], batches: Iterable[Any], tokens: Tokens | None = None
+) -> Measured[Moments]:
+    """Moments of the inputs of consumers over all calls of their modules, in two passes over the data.
+
+    The model runs in evaluation mode and is left as it was. The first pass finds the consumers that share an
+    input; they share one object. Tokens that the `attention_mask` `[N, T]` among a batch's keyword arguments
+    marks with 0 are left out at linear layers whose input has its shape; elsewhere padding counts, as do the
+    zeros around a convolution's input.
+
+    Memory: 8 bytes times the square of the inputs (channels times taps) for each shared input.
+
+    Raises:
+        StatsError: no batches, or consumers that share their inputs in one pass but not in the next.
+        NonFiniteError: NaN or infinite inputs.
+    """
+    model = unwrap(model)
+    data = as_batches(batches, device_of(model), "Moments must be measured on data")
+    stages = stages_of(model, consumers, data)
+    found = measure(model, stages, track(data, "measuring moments"), tokens or Tokens())
+    return Measured(found, {c.name: _UNCALLED for c in consumers if c.name not in found})
+
+
+def cross_moments(
+    dense: nn.Module,
+    pruned: nn.Module,
+    consumers: Sequence[Consumer],
+    batches: Iterable[Any],
+    tokens: Tokens | None = None,
+) -> Measured[CrossMoments]:
+    """Moments of the inputs of consumers in the dense and the pruned model, run side by side on each batch.
+
+    Rows are paired by their position in the calls of a consumer, so both models must send it the same tokens:
+    one that gets other shapes in the pruned model (an expert, when routing changes) is left out with that
+    reason. Otherwise as `moments`.
+
+    Args:
+        dense: the original model.
+        pruned: of the same architecture, removed slices zeroed: see `masked_twin`.
+        consumers: of the dense model; the pruned one has the same names.
+        batches: see `moments`.
+        tokens: see `moments`.
+
+    Memory: three times that of `moments`, and the inputs of the consumers on one batch.
+    """
+    dense, pruned = unwrap(dense), unwrap(pruned)
+    data = as_batches(batches, device_of(dense), "Moments must be measured on data")
+    stages = stages_of(dense, consumers, data)
+    found = measure_both(dense, pruned, stages, track(data, "measuring moments"), tokens or Tokens())
+    heard = {c.name for stage in stages for c in stage}
+    missing = {c.name: _UNPAIRED if c.name in heard else _UNCALLED for c in consumers if c.name not in found}
+    return Measured(found, missing)
+
+
+def measure(
+    model: nn.Module, stages: Sequence[Stage], data: Iterable[Batch], tokens: Tokens
+) -> dict[str, Moments]:
+    """One pass over the data for all stages."""
+    groups = _groups(stages)
+    leaders = {group[0].name for group in groups}
+    sums = {name: Covariance() for name in leaders}
+    inputs, rows = Inputs(), _Rows(tokens)
+
+    def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
+        inputs.hear(consumer, x)
+        if consumer.name in leaders:
+            for (part,) in rows.blocks(module, x):
+                sums[consumer.name].add(part, part)
+
+    with measuring(model), listening(model, (c for g in groups for c in g), hear):
+        for batch in data:
+            rows.enter(batch)
+            batch.forward(model)
+    check_shared(groups, inputs)
+    return _spread(groups, {n: _finite(n, s.moments()) for n, s in sums.items() if s.count})
+
+
+def measure_both(
+    dense: nn.Module, pruned: nn.Module, stages: Sequence[Stage], data: Iterable[Batch], tokens: Tokens
+) -> dict[str, CrossMoments]:
+    """One pass over the data for all stages, of both models; without the consumers that do not pair."""
+    groups = _groups(stages)
+    leaders = [group[0] for group in groups]
+    sums = {c.name: Joint() for c in leaders}
+    waiting: dict[str, list[Tensor]] = {c.name: [] for c in leaders}
+    inputs, rows = Inputs(), _Rows(tokens)
+    unpaired: set[str] = set()
+
+    def keep(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
+        inputs.hear(consumer, x)
+        if consumer.name in waiting:
+            waiting[consumer.name].append(x.clone())  # the model may write to it later
+
+    def pair(consumer: Consumer, module: nn.Module, z: Tensor) -> None:
+        name = consumer.name
+        x = waiting[name].pop(0) if waiting[name] else z[:0]
+        if x.shape != z.shape:
+            unpaired.add(name)
+        if name not in unpaired:
+            for part_x, part_z in rows.blocks(module, x, z):
+                sums[name].add(part_x, part_z)
+
+    everyone = [c for group in groups for c in group]
+    with measuring(dense, pruned), listening(dense, everyone, keep), listening(pruned, leaders, pair):
+        for batch in data:
+            rows.enter(batch)
+            batch.forward(dense)
+            batch.forward(pruned)
+            unpaired.update(name for name, left in waiting.items() if left)
+            for left in waiting.values():
+                left.clear()
+    check_shared(groups, inputs)
+    good = {n: s.moments() for n, s in sums.items() if n not in unpaired and s.dense.count}
+    for name, both in good.items():
+        _finite(name, both.dense), _finite(name, both.pruned)
+    return _spread(groups, good)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _groups(stages: Iterable[Stage]) -> list[list[Consumer]]:
+    """Consumers whose inputs are the same, and unfolded alike."""
+    groups: list[list[Consumer]] = []
+    for stage in stages:
+        by_geometry: dict[tuple[Any, ...], list[Consumer]] = {}
+        for c in stage:
+            by_geometry.setdefault(c.geometry, []).append(c)
+        groups.extend(by_geometry.values())
+    return groups
+
+
+def _spread(groups: Iterable[Sequence[Consumer]], found: dict[str, M]) -> dict[str, M]:
+    """The moments of the first of each group for all of it."""
+    return {c.name: found[group[0].name] for group in groups if group[0].name in found for c in group}
+
+
+def _finite(name: str, found: Moments) -> Moments:
+    if not bool(torch.isfinite(found.covariance).all() & torch.isfinite(found.mean).all()):
+        raise NonFiniteError(f"The inputs of {name} are not finite: look for NaN or overflow in the data.")
+    return found
+
+
+class _Rows:
+    """Inputs of calls as blocks of rows, those that `Tokens` counts."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._positions = tokens.positions
+        self._generator = torch.Generator().manual_seed(tokens.seed)
+        self._real: Tensor | None = None
+
+    def enter(self, batch: Batch) -> None:
+        """Take the attention mask of the batch that comes."""
+        mask = batch.kwargs.get("attention_mask")
+        self._real = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def blocks(self, module: nn.Module, *inputs: Tensor) -> Iterable[tuple[Float[Tensor, "T I"], ...]]:
+        """The same rows of each input, few enough at a time to fit into a cache."""
+        if inputs[0].numel() == 0:
+            return
+        kernel = getattr(module, "kernel_size", ())
+        if not kernel:
+            inputs = tuple(self._without_padding(x) for x in inputs)
+        inputs = tuple(with_examples(module, x) for x in inputs)
+        size = max(1, traffic.BLOCK // max(1, inputs[0][:1].numel() * math.prod(kernel)))
+        for parts in zip(*(x.split(size) for x in inputs), strict=True):
+            if parts[0].numel() == 0:
+                continue
+            unfolded = [inputs_GNTI(module, part)[0] for part in parts]
+            chosen = self._choose(unfolded[0]) if kernel else None
+            yield tuple((x.flatten(0, 1) if chosen is None else x.flatten(0, 1)[chosen]) for x in unfolded)
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        real = self._real
+        if real is None or x.shape[:-1] not in (real.shape, (real.numel(),)):
+            return x
+        return x.flatten(0, -2)[real.flatten().to(x.device)]
+
+    def _choose(self, x_NTI: Tensor) -> Tensor | None:
+        n, t = x_NTI.shape[:2]
+        if self._positions is None or t <= self._positions:
+            return None
+        drawn = torch.rand(n, t, generator=self._generator).topk(self._positions, dim=1).indices
+        return (drawn + torch.arange(n)[:, None] * t).flatten().to(x_NTI.device)

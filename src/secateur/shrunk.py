@@ -1,0 +1,159 @@
+"""What structured pruning did, as plain data: printed as a table, written as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from secateur.budget import format_amount
+from secateur.core.files import write_text
+from secateur.graph import Check
+from secateur.measure import Measurement
+from secateur.printing import printed
+from secateur.reconstruct import RepairReport
+from secateur.record import versions
+from secateur.surgery import Cuts, as_data, save_cuts
+
+_FROZEN = 3  # reasons that the terminal names
+_ALIKE = 3  # groups of one kind that the terminal names one by one
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """One group: units before and kept, tensors that it lives in, and why its removal is not exact, if so."""
+
+    name: str
+    kind: str
+    size: int
+    kept: int
+    places: int
+    inexact: str | None
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the units that went."""
+        return 1 - self.kept / self.size
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """The result of structured pruning.
+
+    Attributes:
+        settings: what was asked.
+        groups: every group that could be cut, cut or not.
+        frozen: why dimensions cannot be cut, and the share of parameters in them; the largest first.
+        before: costs of the dense model.
+        after: costs of what is left, measured anew.
+        asked: what the budget allows, in its unit.
+        got: what came out.
+        check: output against the dense model with the same units at zero; None where removal is not exact.
+        repairs: of each step.
+        notes: what a reader must know.
+        seconds: of the whole call.
+        cuts: the surgery of each step, as data.
+    """
+
+    settings: Mapping[str, str]
+    groups: tuple[GroupRecord, ...]
+    frozen: tuple[tuple[str, float], ...]
+    before: Measurement
+    after: Measurement
+    asked: float
+    got: float
+    check: Check | None
+    repairs: tuple[RepairReport, ...]
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+    cuts: tuple[Cuts, ...] = field(repr=False)
+    take_back: Callable[[], None] = field(repr=False, compare=False)
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def undo(self) -> None:
+        """Give the model its old tensors back: the very same objects, with the values that they had."""
+        self.take_back()
+
+    def save_surgery(self, path: str | os.PathLike[str]) -> None:
+        """Write the surgery, for `replay_` on a freshly built dense model."""
+        save_cuts(self.cuts, path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the surgery."""
+        return {
+            "settings": dict(self.settings),
+            "groups": [asdict(g) | {"sparsity": g.sparsity} for g in self.groups],
+            "frozen": [{"reason": reason, "share": share} for reason, share in self.frozen],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "asked": self.asked,
+            "got": self.got,
+            "check": asdict(self.check) if self.check else None,
+            "repairs": [r.to_dict() for r in self.repairs],
+            "notes": list(self.notes),
+            "seconds": dict(self.seconds),
+            "versions": dict(self.versions),
+            "surgery": as_data(self.cuts),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict` as JSON, atomically."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def __rich__(self) -> RenderableType:
+        how = ", ".join(f"{k} {v}" for k, v in self.settings.items())
+        lines = [how]
+        if self.check is not None:
+            lines.append(f"Against the dense model with the same units at zero: {self.check}.")
+        lines += [f"Frozen, {share:.1%} of the parameters: {reason}." for reason, share in self.frozen[:_FROZEN]]
+        lines += self.notes
+        texts = (Text(f"  {line}", style="dim") for line in lines)
+        return Group(_group_table(self), _cost_table(self), *texts)
+
+    def __str__(self) -> str:
+        return printed(self.__rich__())
+
+
+def _group_table(report: ShrinkReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("group", overflow="fold")
+    for column in ("units", "kept", "sparsity"):
+        table.add_column(column, justify="right")
+    by_kind: dict[str, list[GroupRecord]] = {}
+    for g in report.groups:
+        by_kind.setdefault(g.kind, []).append(g)
+    for kind, found in by_kind.items():
+        if len(found) <= _ALIKE:
+            for g in found:
+                table.add_row(g.name, str(g.size), str(g.kept), f"{g.sparsity:.1%}")
+            continue
+        size, kept = sum(g.size for g in found), sum(g.kept for g in found)
+        table.add_row(f"{kind}, {len(found)} groups", f"{size:,}", f"{kept:,}", f"{1 - kept / size:.1%}")
+    return table
+
+
+def _cost_table(report: ShrinkReport) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("cost")
+    for column in ("before", "after", "left"):
+        table.add_column(column, justify="right")
+    a, b = report.before, report.after
+    rows: list[tuple[str, float | None, float | None]] = [
+        ("parameters", a.parameters, b.parameters),
+        ("bytes", a.dense_bytes, b.dense_bytes),
+        ("multiply-accumulates", a.macs, b.macs),
+    ]
+    if a.latency and b.latency:
+        rows.append(("milliseconds", 1e3 * a.latency.median, 1e3 * b.latency.median))
+    for name, old, new in rows:
+        if old is not None and new is not None:
+            left = f"{new / old:.1%}" if old else "-"
+            table.add_row(name, format_amount(old), format_amount(new), left)
+    return table
