@@ -15,6 +15,7 @@ from secateur.core.names import unwrap
 from secateur.graph import axes, groups, oracle, siblings
 from secateur.graph.axes import Axis, Dim
 from secateur.graph.groups import Group
+from secateur.graph.ints import Attr
 from secateur.graph.oracle import Check
 from secateur.graph.plan import Constraints, Sizes, Solution, common_step
 from secateur.graph.rms import RmsForm, rms_form
@@ -147,6 +148,10 @@ class Graph:
     def solve(self, kept: Mapping[Group, int]) -> Solution:
         """Integers that follow when groups have so many positions left; see `Solution.problems`."""
         return self._constraints.solve({g.axis: n for g, n in kept.items()})
+
+    def used_numbers(self) -> set[Attr]:
+        """Integers of modules and configurations that decided a size or a branch of the traced code."""
+        return self._constraints.attributes()
 
     def frozen(self) -> tuple[Frozen, ...]:
         """Why dimensions of parameters cannot be cut, by share of parameters held back, largest first."""

@@ -101,6 +101,10 @@ class Constraints:
         """New attributes that make every tie hold for the sizes `kept`."""
         return _Solver(self, Sizes(kept)).run(kept)
 
+    def attributes(self) -> set[Attr]:
+        """All attributes that occur."""
+        return {key for index in (self._ties, self._guards, self._numbers) for key in index if isinstance(key, Attr)}
+
     def repairable(self, tie: Tie) -> bool:
         """Whether the call's source could say -1 or the input's own size instead."""
         if not tie.argument.repairable or tie.place.code is None:

@@ -65,6 +65,7 @@ class Cuts:
         scales: factors by which what is left of a tensor is multiplied, `(w + offset) * factor - offset`.
         swaps: modules whose class is exchanged for one that reads sizes from its weights.
         edits: calls in source code, each as plain data.
+        expressed: whether the model's own configuration, as the attributes set it, describes what is left.
     """
 
     axes: Mapping[str, CutAxis]
@@ -73,6 +74,7 @@ class Cuts:
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     swaps: tuple[str, ...] = ()
     edits: tuple[Mapping[str, Any], ...] = ()
+    expressed: bool = False
 
     def mask(self, tensor: str, dim: int) -> Tensor:
         """Which indices of a dimension are kept. Bool `[size]`."""
@@ -118,6 +120,7 @@ class Cuts:
             "scales": {n: list(s) for n, s in self.scales.items()},
             "swaps": list(self.swaps),
             "edits": [dict(e) for e in self.edits],
+            "expressed": self.expressed,
         }
 
     @classmethod
@@ -181,7 +184,8 @@ def _read(data: Any) -> Cuts:
         for a in data["attributes"]
     )
     scales = {str(n): (_number(f), _number(o)) for n, (f, o) in data["scales"].items()}
-    return Cuts(cut_axes, tensors, attributes, scales, tuple(map(str, data["swaps"])), tuple(data["edits"]))
+    swaps, edits = tuple(map(str, data["swaps"])), tuple(data["edits"])
+    return Cuts(cut_axes, tensors, attributes, scales, swaps, edits, data["expressed"] is True)
 
 
 def _natural(n: Any) -> int:

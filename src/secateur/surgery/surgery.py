@@ -20,9 +20,10 @@ from secateur.core.files import write_text
 from secateur.printing import printed
 from secateur.graph import Cost, Graph, Group
 from secateur.graph.ints import Attr
-from secateur.graph.plan import Solution
+from secateur.graph.plan import Sizes, Solution
 from secateur.callsites import Edit
 from secateur.surgery.apply import Applied, carry_out
+from secateur.surgery.config import config_edits
 from secateur.surgery.cuts import Attribute, CutAxis, Cuts, node_of
 from secateur.surgery.journal import Journal
 from secateur.surgery.norms import rescaled_norms
@@ -167,8 +168,13 @@ def make_plan(surgery: Surgery) -> Plan:
     attributes = tuple(_attribute(graph, a, n) for a, n in solution.attrs.items())
     scales, floats, notes = rescaled_norms(graph, cut)
     edits: list[Edit] = edits_of(solution.repairs)
+    size = Sizes({g.axis: n for g, n in counts.items()})
+    fields, misfit = config_edits(graph, size, tensors, (*attributes, *floats))
+    if misfit is not None and cut:
+        notes.append(f"config.json cannot express the result, since {misfit}: sc.load rebuilds it instead.")
     cuts = Cuts(
-        cut_axes, tensors, (*attributes, *floats), scales, graph.swapped, tuple(e.to_dict() for e in edits)
+        cut_axes, tensors, (*attributes, *floats, *fields), scales, graph.swapped,
+        tuple(e.to_dict() for e in edits), misfit is None and not edits and not graph.swapped and bool(fields or attributes)
     )
     return Plan(surgery, cuts, graph.cost(), graph.cost(counts), (*notes, *_notes(cut, solution)))
 
