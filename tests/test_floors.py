@@ -12,10 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "secateur"
 
 FLOORS = [
     "core",
-    "stats criteria patterns schedules allocation solvers",
-    "masks collect batchnorm measure record inspection progress graph surgery",
-    "prune layerwise shrink stream training lottery",
-    "runtime artifacts report pages integrations",
+    "stats criteria patterns schedules allocation solvers budget",
+    "masks collect batchnorm measure record inspection progress printing graph surgery callsites swaps",
+    "prune layerwise shrink shrunk scoring selection reconstruct layers stream training lottery",
+    "runtime artifacts report pages shrink_page integrations",
     "recipe cli demo testing __init__ __main__",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

@@ -16,6 +16,7 @@ from secateur.allocation import (
 )
 from secateur.artifacts import load, load_hf, save
 from secateur.batchnorm import reestimate_batchnorm_
+from secateur.budget import Budget
 from secateur.collect import Collected, collect
 from secateur.core.errors import (
     ArtifactError,
@@ -27,6 +28,7 @@ from secateur.core.errors import (
     SelectionError,
     SparsityError,
     StatsError,
+    SurgeryError,
 )
 from secateur.core.names import Where, select
 from secateur.criteria import (
@@ -43,13 +45,42 @@ from secateur.criteria import (
     TaylorSquared,
     Wanda,
 )
+from secateur.graph import Check, Cost, Frozen, Graph, Group, Member, rule
 from secateur.inspection import Inspection, LayerInspection, inspect
+from secateur.layers import (
+    DropRecord,
+    angular_distance,
+    block_influence,
+    drop_layers_,
+    every_other,
+    first_blocks,
+    last_blocks,
+    loss_increase,
+    lowest,
+    stacks,
+)
 from secateur.layerwise import LayerSensitivity, Sensitivity, sensitivity
 from secateur.masks import Hold, Masks
 from secateur.measure import Latency, Measurement, measure
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.prune import prune_
+from secateur.reconstruct import RepairReport, Tokens, repair_
 from secateur.record import LayerRecord, Report
+from secateur.scoring import (
+    FPGM,
+    ActivationNorm,
+    APoZ,
+    BNScale,
+    ExpertOutput,
+    GroupCriterion,
+    GroupScore,
+    HeadImportance,
+    JointTaylor,
+    score_groups,
+)
+from secateur.selection import Global, Isomorphic, Local, Scope
+from secateur.shrink import shrink_
+from secateur.shrunk import GroupRecord, ShrinkReport
 from secateur.stats import (
     ExactDiagonal,
     GradAbs,
@@ -61,76 +92,121 @@ from secateur.stats import (
     RowTaylorSquare,
     SynapticFlow,
 )
+from secateur.surgery import Applied, Cuts, Plan, Surgery, replay_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FPGM",
     "NM",
     "OBD",
     "RIA",
     "SNIP",
+    "APoZ",
+    "ActivationNorm",
     "Allocation",
+    "Applied",
     "ArtifactError",
+    "BNScale",
     "Block",
+    "Budget",
     "BudgetError",
+    "Check",
     "Collected",
+    "Cost",
     "Criterion",
     "Custom",
+    "Cuts",
+    "DropRecord",
     "ExactDiagonal",
+    "ExpertOutput",
+    "Frozen",
+    "Global",
     "GraSP",
     "GradAbs",
     "GradMean",
     "GradSquare",
+    "Graph",
+    "Group",
+    "GroupCriterion",
+    "GroupRecord",
+    "GroupScore",
+    "HeadImportance",
     "HessianGradient",
     "Hold",
     "HutchinsonDiagonal",
     "InputNorm",
     "Inspection",
+    "Isomorphic",
+    "JointTaylor",
     "Latency",
     "Layer",
     "LayerInspection",
     "LayerRecord",
     "LayerSensitivity",
+    "Local",
     "Magnitude",
     "MaskError",
     "Masks",
     "Measurement",
+    "Member",
     "NonFiniteError",
     "Pattern",
     "PatternError",
     "PerRow",
+    "Plan",
     "Random",
+    "RepairReport",
     "Report",
     "RowTaylorSquare",
+    "Scope",
     "SecateurError",
     "SelectionError",
     "Sensitivity",
+    "ShrinkReport",
     "SparsityError",
     "StatsError",
+    "Surgery",
+    "SurgeryError",
     "SynFlow",
     "SynapticFlow",
     "Taylor",
     "TaylorGroup",
     "TaylorSquared",
     "Threshold",
+    "Tokens",
     "Unstructured",
     "Wanda",
     "Where",
+    "angular_distance",
+    "block_influence",
     "collect",
     "custom",
+    "drop_layers_",
     "erk",
+    "every_other",
+    "first_blocks",
     "global_",
     "inspect",
     "lamp",
     "laplace_scale",
+    "last_blocks",
     "load",
     "load_hf",
+    "loss_increase",
+    "lowest",
     "measure",
     "prune_",
     "reestimate_batchnorm_",
+    "repair_",
+    "replay_",
+    "rule",
     "save",
+    "score_groups",
     "select",
     "sensitivity",
+    "shrink_",
+    "stacks",
     "standard_deviation",
     "threshold",
     "uniform",

@@ -105,10 +105,23 @@ def shrink_(
     if isinstance(batches, Iterator):
         batches = list(batches)
     excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    given = {"multiple_of": multiple_of, "minimum": minimum, "maximum_sparsity": maximum_sparsity,
-             "sparsity": sparsity}
-    asked = _Asked(criterion or Magnitude(), scope or Isomorphic(), kinds, excluded, given, batches, loss,
-                   repair and batches is not None, budget)
+    given = {
+        "multiple_of": multiple_of,
+        "minimum": minimum,
+        "maximum_sparsity": maximum_sparsity,
+        "sparsity": sparsity,
+    }
+    asked = _Asked(
+        criterion or Magnitude(),
+        scope or Isomorphic(),
+        kinds,
+        excluded,
+        given,
+        batches,
+        loss,
+        repair and batches is not None,
+        budget,
+    )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     before = measure(model, example)
     graph = Graph.trace(model, *args, **kwargs)
@@ -130,8 +143,11 @@ def shrink_(
         raise
     return ShrinkReport(
         settings={
-            "budget": budget.describe(), "criterion": repr(asked.criterion), "scope": repr(asked.scope),
-            "kinds": "all" if kinds is None else ", ".join(sorted(kinds)), "steps": str(steps),
+            "budget": budget.describe(),
+            "criterion": repr(asked.criterion),
+            "scope": repr(asked.scope),
+            "kinds": "all" if kinds is None else ", ".join(sorted(kinds)),
+            "steps": str(steps),
             "repair": "yes" if asked.repair else "no data" if repair else "no",
         },
         groups=_records(done[0].graph, graph),
@@ -260,7 +276,9 @@ def _step(
         proof = Check(oracle.difference(expected, got), oracle.difference(plain, got), _tolerance(model))
         if not proof.ok:
             applied.undo()
-            raise SurgeryError(f"The smaller model does not do what the dense one does with the same units at zero: {proof}.")
+            raise SurgeryError(
+                f"The smaller model does not do what the dense one does with the same units at zero: {proof}."
+            )
     return _Step(graph, plan, applied, repaired, proof, (*notes, *chosen.notes, *plan.notes))
 
 
@@ -338,6 +356,8 @@ def _records(dense: Graph, small: Graph) -> tuple[GroupRecord, ...]:
     sizes = {g.name: g.size for g in small.all_groups}
     # A group of which one unit is left has no dimension any more.
     return tuple(
-        GroupRecord(g.name, g.kind, g.size, sizes.get(g.name, 1), len(g.members), g.inexact[0] if g.inexact else None)
+        GroupRecord(
+            g.name, g.kind, g.size, sizes.get(g.name, 1), len(g.members), g.inexact[0] if g.inexact else None
+        )
         for g in dense.groups()
     )

@@ -112,7 +112,9 @@ class ShrinkReport:
         lines = [how]
         if self.check is not None:
             lines.append(f"Against the dense model with the same units at zero: {self.check}.")
-        lines += [f"Frozen, {share:.1%} of the parameters: {reason}." for reason, share in self.frozen[:_FROZEN]]
+        lines += [
+            f"Frozen, {share:.1%} of the parameters: {reason}." for reason, share in self.frozen[:_FROZEN]
+        ]
         lines += self.notes
         texts = (Text(f"  {line}", style="dim") for line in lines)
         return Group(_group_table(self), _cost_table(self), *texts)

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from torch import nn
 
 import secateur
 from secateur import demo as job
 from secateur import pages
 from secateur.artifacts import load_hf, save
 from secateur.cli import choices
-from secateur.cli.data import Data, example_input, mean_loss, read_data
+from secateur.cli.data import example_input, read_data
+from secateur.cli.shared import (
+    FORMATS,
+    DataFile,
+    EvalFile,
+    Folder,
+    Length,
+    Samples,
+    Seed,
+    check_out,
+    console,
+    loss_note,
+    loss_of,
+    say,
+)
+from secateur.cli.shrink import shrink
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.core.names import Where
@@ -33,13 +45,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-
-_FORMATS = ".txt, .json (a list of texts), .jsonl (text, label) or .safetensors (the model's arguments)"
-Folder = Annotated[
-    Path,
-    typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model folder (config.json and safetensors)."),
-]
 Globs = list[str] | None
 Include = Annotated[Globs, typer.Option(help="Only weights whose name matches this glob; repeatable.")]
 Exclude = Annotated[Globs, typer.Option(help="No weights whose name matches this glob; repeatable.")]
@@ -47,13 +52,6 @@ Also = Annotated[
     Globs,
     typer.Option(help="Add these whatever their role: head, embeddings, norms, biases; repeatable."),
 ]
-DataFile = Annotated[Path | None, typer.Option("--data", help=f"Calibration data: {_FORMATS}.")]
-EvalFile = Annotated[
-    Path | None, typer.Option("--eval", help="Data to measure the loss on before and after, likewise.")
-]
-Samples = Annotated[int, typer.Option(help="Examples read from a data file, at most.")]
-Length = Annotated[int, typer.Option(help="Tokens of an example, at most.")]
-Seed = Annotated[int, typer.Option(help="Of random criteria and probes.")]
 MethodName = Annotated[
     choices.Method, typer.Option("--method", help="The criterion: what a weight is worth.")
 ]
@@ -87,7 +85,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
-        _say(secateur.__version__)
+        say(secateur.__version__)
         raise typer.Exit
 
 
@@ -100,7 +98,7 @@ def demo(
     result = job.run(seeds)
     job.write(result, out)
     console.print(job.table(result))
-    _say(f"{result.seconds:.0f} seconds. The report: {out / 'report.html'}")
+    say(f"{result.seconds:.0f} seconds. The report: {out / 'report.html'}")
 
 
 @app.command()
@@ -126,7 +124,7 @@ def inspect(
     for figure in pages.weights_section(found, None).figures:
         save_figure(figure, out / "weights.svg")
     if not as_json:
-        _say(f"The page: {out / 'inspect.html'}")
+        say(f"The page: {out / 'inspect.html'}")
 
 
 @app.command()
@@ -148,7 +146,7 @@ def prune(
     seed: Seed = 0,
 ) -> None:
     """Prune a model in one shot and save it, loadable as before, with a report."""
-    _check_out(model_dir, out)
+    check_out(model_dir, out)
     chosen = choices.pattern(pattern, method.value)
     asked = choices.sparsity(sparsity, chosen)
     model, task = load_hf(model_dir)
@@ -157,7 +155,7 @@ def prune(
     held_out = read(evaluate) if evaluate is not None else None
     where = _where(include, exclude, also)
     before = inspect_model(model, where)
-    old_loss = _loss(model, held_out)
+    old_loss = loss_of(model, held_out)
     report = prune_(
         model,
         choices.METHODS[method.value](seed),
@@ -171,18 +169,21 @@ def prune(
         example=example_input(model),
     )
     if held_out is not None:
-        note = _loss_note(evaluate, task, old_loss, _loss(model, held_out))
+        note = loss_note(evaluate, task, old_loss, loss_of(model, held_out))
         report = replace(report, notes=(*report.notes, note))
     save(model, out, report=report, source=model_dir)
     write_text(out / "report.html", pages.prune_page(report, before, inspect_model(model, where)))
     console.print(report)
-    _say(f"Saved in {out}; the report: {out / 'report.html'}")
+    say(f"Saved in {out}; the report: {out / 'report.html'}")
+
+
+app.command()(shrink)
 
 
 @app.command()
 def sensitivity(
     model_dir: Folder,
-    data: Annotated[Path, typer.Option(help=f"Data to measure the loss on: {_FORMATS}.")],
+    data: Annotated[Path, typer.Option(help=f"Data to measure the loss on: {FORMATS}.")],
     out: Annotated[Path, typer.Option(help="Folder for the page and the JSON.")] = Path("sensitivity"),
     method: MethodName = _MAGNITUDE,
     sparsities: Annotated[str, typer.Option(help="To try, separated by commas.")] = "0.5,0.7,0.8,0.9,0.95",
@@ -214,42 +215,13 @@ def sensitivity(
     found.save(out / "sensitivity.json")
     write_text(out / "sensitivity.html", pages.sensitivity_page(found))
     console.print(found)
-    _say(f"The page: {out / 'sensitivity.html'}")
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    say(f"The page: {out / 'sensitivity.html'}")
 
 
 def _where(include: Globs, exclude: Globs, also: Globs) -> Where | None:
     if not (include or exclude or also):
         return None
     return Where(tuple(include) if include else "*", tuple(exclude or ()), tuple(also or ()))
-
-
-def _check_out(model_dir: Path, out: Path) -> None:
-    """Before hours of work, not after."""
-    if out.resolve() == model_dir.resolve():
-        raise SecateurError("--out is the model's own folder: choose another, the original is kept.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "secateur.json").is_file()):
-        raise SecateurError(
-            f"{out} exists and holds something else than a pruned model: choose another folder."
-        )
-
-
-def _loss(model: nn.Module, data: Data | None) -> float:
-    if data is None:
-        return math.nan
-    if data.loss is None:
-        raise SecateurError("This model has no loss that can be measured on --eval data.")
-    return mean_loss(model, data)
-
-
-def _loss_note(file: Path | None, task: str, old: float, new: float) -> str:
-    text = f"Mean loss on {file}: {old:.4f} before, {new:.4f} after"
-    if task == "text-generation":
-        text += f" (perplexity {math.exp(old):.2f} and {math.exp(min(new, 700)):.2f})"
-    return text + "."
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from enum import Enum
 
-from secateur import allocation, criteria
+from secateur import allocation, criteria, scoring, selection
 from secateur.core.errors import SecateurError
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.stats import ExactDiagonal, HutchinsonDiagonal
@@ -34,9 +34,33 @@ ALLOCATIONS: dict[str, allocation.Allocation] = {
     "threshold": allocation.threshold,
 }
 
+GROUP_METHODS: dict[str, Callable[[int], criteria.Criterion | scoring.GroupCriterion]] = {
+    "magnitude": lambda seed: criteria.Magnitude(),
+    "random": lambda seed: criteria.Random(seed),
+    "taylor": lambda seed: criteria.Taylor(),
+    "taylor-joint": lambda seed: scoring.JointTaylor(),
+    "obd": lambda seed: criteria.OBD(),
+    "wanda": lambda seed: criteria.Wanda(),
+    "fpgm": lambda seed: scoring.FPGM(),
+    "bn-scale": lambda seed: scoring.BNScale(),
+    "activation": lambda seed: scoring.ActivationNorm(),
+    "apoz": lambda seed: scoring.APoZ(),
+    "head-importance": lambda seed: scoring.HeadImportance(normalise=None),
+    "expert-output": lambda seed: scoring.ExpertOutput(),
+}
+SCOPES: dict[str, Callable[[], selection.Scope]] = {
+    "isomorphic": selection.Isomorphic,
+    "global": selection.Global,
+    "global-per-cost": lambda: selection.Global(per_cost=True),
+    "local": selection.Local,
+}
+
 # Enumerations, so that the help text lists the words.
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 AllocationName = Enum("AllocationName", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
+
+GroupMethod = Enum("GroupMethod", {name: name for name in GROUP_METHODS}, type=str)  # type: ignore[misc]
+ScopeName = Enum("ScopeName", {name: name for name in SCOPES}, type=str)  # type: ignore[misc]
 
 
 def pattern(text: str | None, method: str) -> Pattern:

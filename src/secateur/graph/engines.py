@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ _META, _CPU = torch.device("meta"), torch.device("cpu")
 _CHEAP = 2**18  # entries of a tensor whose values are worth having
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs operators, and makes inputs for them."""
 
@@ -191,8 +192,15 @@ def _same(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _convolution(
-    x: Tensor, w: Tensor, b: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
-    transposed: bool, output_padding: list[int], groups: int,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
 ) -> Tensor:
     rank = w.dim() - 2
 
@@ -203,7 +211,11 @@ def _convolution(
     for i in range(rank):
         reach = at(dilation, i) * (w.shape[i + 2] - 1)
         n, p, s = x.shape[i + 2], at(padding, i), at(stride, i)
-        out.append((n - 1) * s - 2 * p + reach + at(output_padding, i) + 1 if transposed else (n + 2 * p - reach - 1) // s + 1)
+        out.append(
+            (n - 1) * s - 2 * p + reach + at(output_padding, i) + 1
+            if transposed
+            else (n + 2 * p - reach - 1) // s + 1
+        )
     channels = w.shape[1] * groups if transposed else w.shape[0]
     return x.new_empty([x.shape[0], channels, *out])
 

@@ -104,7 +104,9 @@ class Graph:
         free = [g for g in self.all_groups if g.frozen is None]
         kinds = sorted({g.kind for g in free})
         if kind is not None and kind not in kinds:
-            raise SelectionError(f"No group of kind {kind!r} can be cut; the model has {', '.join(kinds) or 'none'}.")
+            raise SelectionError(
+                f"No group of kind {kind!r} can be cut; the model has {', '.join(kinds) or 'none'}."
+            )
         return tuple(g for g in free if kind is None or g.kind == kind)
 
     def clusters(self) -> tuple[tuple[Group, ...], ...]:
@@ -252,8 +254,10 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
     notes = [traced.note] if traced.note else []
     copied = siblings.type_by_siblings(model, types)
     if copied:
-        notes.append(f"Not met by the trace and typed like their siblings: {', '.join(copied[:5])}"
-                     + (f" and {len(copied) - 5} more." if len(copied) > 5 else "."))
+        notes.append(
+            f"Not met by the trace and typed like their siblings: {', '.join(copied[:5])}"
+            + (f" and {len(copied) - 5} more." if len(copied) > 5 else ".")
+        )
     cache = _freeze_outputs(traced)
     unmet = []
     for stored in types.stored.values():
@@ -265,8 +269,10 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
             for leaf in groups.occurs_twice(dim):
                 axes.freeze((leaf,), "it stands twice in one dimension")
     if unmet:
-        notes.append(f"Never used by the traced forward pass, left whole: {', '.join(unmet[:5])}"
-                     + (f" and {len(unmet) - 5} more." if len(unmet) > 5 else "."))
+        notes.append(
+            f"Never used by the traced forward pass, left whole: {', '.join(unmet[:5])}"
+            + (f" and {len(unmet) - 5} more." if len(unmet) > 5 else ".")
+        )
     ledger = traced.ledger
     constraints = Constraints(traced.ties, ledger.guards.values(), ledger.numbers, ledger.values)
     norms = _rms_norms(model, types)
@@ -283,9 +289,7 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
         for cluster in constraints.clusters()
     ]
     clusters = [c for c in clusters if len(c) > 1]
-    graph = Graph(
-        model, example, traced, final, tuple(notes), tuple(clusters), constraints, cache, norms
-    )
+    graph = Graph(model, example, traced, final, tuple(notes), tuple(clusters), constraints, cache, norms)
     if final:
         final[0].home.graph = graph
     return graph
@@ -351,7 +355,9 @@ def _step(cluster: list[Axis], constraints: Constraints) -> tuple[int, int, str]
         tried = [n for n in (shares - step, shares - 2 * step, shares // 2 // step * step) if 0 < n < shares]
         reasons = [r for n in dict.fromkeys(tried) if (r := refusal(n))]
         if not reasons:
-            least = next((n for n in (step, 2 * step, 4 * step) if n >= min(tried) or not refusal(n)), min(tried))
+            least = next(
+                (n for n in (step, 2 * step, 4 * step) if n >= min(tried) or not refusal(n)), min(tried)
+            )
             return step, least, ""
         why = reasons[0]
     return 0, 0, why

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container
 from dataclasses import dataclass, field
-
 from typing import Any
 
 import torch
@@ -109,7 +108,9 @@ def find_groups(types: Types, exempt: Container[str]) -> list[Group]:
         names[name] += 1
         if names[name] > 1:
             name = f"{name} #{names[name]}"
-        groups.append(Group(name, kind, leaf.size, members, tuple(known.inexact[leaf]), leaf.frozen, leaf, home))
+        groups.append(
+            Group(name, kind, leaf.size, members, tuple(known.inexact[leaf]), leaf.frozen, leaf, home)
+        )
     return groups
 
 

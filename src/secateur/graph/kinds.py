@@ -28,7 +28,7 @@ def kind_of(roles: Roles, others: Iterable[Roles], convolutional: bool) -> str:
     if "groups" in roles:
         return "groups"
     if "batch" in roles:
-        if "repeat" in roles:
+        if "repeat" in roles and any("batch" in other for other in others):
             return "queries"
         repeated = any("repeat" in other and "batch" in other for other in others)
         return "kv_groups" if repeated else "heads"

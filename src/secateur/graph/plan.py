@@ -85,8 +85,11 @@ class Constraints:
     """The ties, comparisons and numbers of a trace, found quickly by the axes and attributes in them."""
 
     def __init__(
-        self, ties: list[Tie], guards: Iterable[Guard], numbers: Iterable[tuple[str, Expr, Place]],
-        values: Mapping[Attr, int]
+        self,
+        ties: list[Tie],
+        guards: Iterable[Guard],
+        numbers: Iterable[tuple[str, Expr, Place]],
+        values: Mapping[Attr, int],
     ) -> None:
         self.values = values
         self._sites: dict[object, CallSite | Reason] = {}
@@ -103,7 +106,12 @@ class Constraints:
 
     def attributes(self) -> set[Attr]:
         """All attributes that occur."""
-        return {key for index in (self._ties, self._guards, self._numbers) for key in index if isinstance(key, Attr)}
+        return {
+            key
+            for index in (self._ties, self._guards, self._numbers)
+            for key in index
+            if isinstance(key, Attr)
+        }
 
     def repairable(self, tie: Tie) -> bool:
         """Whether the call's source could say -1 or the input's own size instead."""
@@ -167,11 +175,21 @@ def _distinct(ties: list[Tie]) -> list[Tie]:
     """Each tie once for a place in the code, without those that say nothing."""
     found: dict[object, Tie] = {}
     for tie in ties:
-        if _frozen_expr(tie.expr) and axes.frozen_reason(tie.dim) is not None and not isinstance(tie.expr, Attr):
+        if (
+            _frozen_expr(tie.expr)
+            and axes.frozen_reason(tie.dim) is not None
+            and not isinstance(tie.expr, Attr)
+        ):
             continue
         if isinstance(tie.expr, Size) and axes.same(tie.expr.dim, tie.dim):
             continue
-        key = (tuple(axes.atoms(tie.dim)), _key(tie.expr), tie.argument, tie.place.code, tie.place.instruction)
+        key = (
+            tuple(axes.atoms(tie.dim)),
+            _key(tie.expr),
+            tie.argument,
+            tie.place.code,
+            tie.place.instruction,
+        )
         found.setdefault(key, tie)
     return list(found.values())
 
@@ -305,7 +323,10 @@ class _Solver:
             if not self._follow(guard):
                 what = f"{guard.left} {_SIGNS[guard.name]} {guard.right}"
                 self.out.problems.append(
-                    Problem(f"the code compares {what}, and would take another way", _axes_of(guard.left, guard.right))
+                    Problem(
+                        f"the code compares {what}, and would take another way",
+                        _axes_of(guard.left, guard.right),
+                    )
                 )
 
     def _flips(self, guard: Guard) -> bool:
@@ -349,7 +370,11 @@ def _exactly(place: Place) -> object:
 def _problem(tie: Tie, c: Constraints) -> Problem:
     same = [t for t in c.ties if t.expr == tie.expr and t is not tie] if isinstance(tie.expr, Attr) else []
     where = f"{tie.argument.call} at {tie.place}"
-    text = f"{tie.expr} gives the size of {where}" if not isinstance(tie.expr, int) else f"the number {tie.expr} stands in {where}"
+    text = (
+        f"{tie.expr} gives the size of {where}"
+        if not isinstance(tie.expr, int)
+        else f"the number {tie.expr} stands in {where}"
+    )
     if same:
         text += f" and of {same[0].argument.call} at {same[0].place}"
     return Problem(text, _axes_of(tie.dim, tie.expr, *(t.dim for t in same)))

@@ -58,6 +58,8 @@ def rms_form(module: nn.Module) -> RmsForm | None:
     value = vars(module)[epsilon] if epsilon else torch.finfo(torch.float32).eps
     plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + value)
     for offset in (0.0, 1.0):
-        if isinstance(found, torch.Tensor) and torch.allclose(found, plain * (w + offset), rtol=_TOLERANCE, atol=_TOLERANCE):
+        if isinstance(found, torch.Tensor) and torch.allclose(
+            found, plain * (w + offset), rtol=_TOLERANCE, atol=_TOLERANCE
+        ):
             return RmsForm(name, offset, epsilon or "eps", vars(module)[epsilon] if epsilon else None)
     return None

@@ -17,6 +17,8 @@ def type_by_siblings(model: nn.Module, types: Types) -> tuple[str, ...]:
     Axes that only the sibling has are renewed, axes that it shares with the rest are shared too. Without
     this, cutting a shared axis would leave the unmet module behind, and wrong.
     """
+    if all(id(s.tensor) in types.used for s in types.stored.values() if s.is_parameter):
+        return ()
     modules = dict(model.named_modules())
     stored = {name: _stored(module, types) for name, module in modules.items()}
     unmet = {name for name, found in stored.items() if found and not any(_used(s, types) for s in found)}

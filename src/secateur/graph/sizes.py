@@ -155,10 +155,49 @@ class SizeMode(TorchFunctionMode):
 
 
 _ARITHMETIC = frozenset(
-    """add sub mul div true_divide rsub pow __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__
-    __rtruediv__ __rdiv__ __div__ __floordiv__ __mod__ __pow__ __rpow__ __itruediv__ __imul__ __iadd__
-    __isub__ add_ sub_ mul_ div_ full full_like fill_ new_full masked_fill masked_fill_ clamp tensor where
-    scalar_tensor as_tensor new_tensor""".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "rsub",
+        "pow",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__truediv__",
+        "__rtruediv__",
+        "__rdiv__",
+        "__div__",
+        "__floordiv__",
+        "__mod__",
+        "__pow__",
+        "__rpow__",
+        "__itruediv__",
+        "__imul__",
+        "__iadd__",
+        "__isub__",
+        "add_",
+        "sub_",
+        "mul_",
+        "div_",
+        "full",
+        "full_like",
+        "fill_",
+        "new_full",
+        "masked_fill",
+        "masked_fill_",
+        "clamp",
+        "tensor",
+        "where",
+        "scalar_tensor",
+        "as_tensor",
+        "new_tensor",
+    ]
 )
 
 Handler = Callable[[SizeMode, str, tuple[Any, ...], dict[str, Any], Any], None]
@@ -196,8 +235,22 @@ def _front(i: int, n: int) -> int:
     return int(i) + n if i < 0 else int(i)
 
 
-@_handles("view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full",
-          "zeros", "ones", "empty", "full", "rand", "randn")
+@_handles(
+    "view",
+    "reshape",
+    "expand",
+    "broadcast_to",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+)
 def _sized(mode: SizeMode, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     factory = name in ("zeros", "ones", "empty", "full", "rand", "randn")
     rest = args if factory else args[1:]

@@ -26,7 +26,17 @@ from secateur.graph.swapping import swap_modules_
 from secateur.graph.types import Stored, Type, Types, TypingError, blame, everywhere
 
 _UNTRACED = frozenset(
-    "stride padding dilation kernel_size output_padding padding_idx layer_idx training _version".split()
+    [
+        "stride",
+        "padding",
+        "dilation",
+        "kernel_size",
+        "output_padding",
+        "padding_idx",
+        "layer_idx",
+        "training",
+        "_version",
+    ]
 )
 _LONGEST = 64  # entries of a tuple or list of sizes
 
@@ -131,7 +141,11 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
             if engine == ("fake" if empty else "real"):
                 raise
             continue
-        traced.note = f"Traced on real tensors, since the code reads values ({reasons[-1]})." if engine == "real" else None
+        traced.note = (
+            f"Traced on real tensors, since the code reads values ({reasons[-1]})."
+            if engine == "real"
+            else None
+        )
         return traced
     raise AssertionError("no engine")
 
@@ -291,7 +305,11 @@ def _traced_attributes(model: nn.Module, ledger: Ledger) -> Iterator[dict[int, O
             replaced = value
             if type(value) is int:
                 replaced = traced(value, Attr(key, name))
-            elif type(value) in (tuple, list) and 0 < len(value) <= _LONGEST and all(type(x) is int for x in value):
+            elif (
+                type(value) in (tuple, list)
+                and 0 < len(value) <= _LONGEST
+                and all(type(x) is int for x in value)
+            ):
                 replaced = type(value)(traced(x, Attr(key, name, i)) for i, x in enumerate(value))
             if replaced is not value:
                 own[name] = replaced

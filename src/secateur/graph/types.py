@@ -15,6 +15,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import jaxtyping
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from secateur.graph.axes import Axis, Dim
 _NAME = "_secateur_type"
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
-_HIDDEN = (_OURS, _TORCH, "<frozen", "<string>")
+_CHECKS = str(Path(jaxtyping.__file__).parent)
+_HIDDEN = (_OURS, _TORCH, _CHECKS, "<frozen", "<string>", "<@beartype")
 NONE: frozenset[Axis] = frozenset()
 
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from secateur.callsites import Edit, apply_edits
 from secateur.core.errors import SurgeryError
 from secateur.core.names import unwrap
+from secateur.graph.swapping import swap_modules_
 from secateur.graph.trace import stored_tensors
 from secateur.surgery.cuts import Attribute, Cuts
 from secateur.surgery.journal import Journal
 from secateur.surgery.metadata import stated_sizes
 from secateur.surgery.optimizer import migrate
-from secateur.graph.swapping import swap_modules_
-from secateur.callsites import Edit, apply_edits
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ def owner_of(model: nn.Module, attribute: Attribute) -> Any:
             thing = vars(thing)[step] if isinstance(step, str) else vars(thing)[step[0]][step[1]]
         vars(thing)[attribute.name]
     except (AttributeError, KeyError, TypeError) as error:
-        raise SurgeryError(f"The model keeps no number {attribute}, which the surgery sets ({error}).") from None
+        raise SurgeryError(
+            f"The model keeps no number {attribute}, which the surgery sets ({error})."
+        ) from None
     return thing
 
 
@@ -148,7 +150,9 @@ def _set(model: nn.Module, attribute: Attribute, journal: Journal) -> None:
 
 def _expect(attribute: Attribute, found: Any) -> None:
     if found not in (attribute.old, attribute.new):
-        raise SurgeryError(f"{attribute} is {found!r} where the surgery expects {attribute.old}: it is for another model.")
+        raise SurgeryError(
+            f"{attribute} is {found!r} where the surgery expects {attribute.old}: it is for another model."
+        )
 
 
 def _follow(model: nn.Module, journal: Journal) -> None:
@@ -159,7 +163,9 @@ def _follow(model: nn.Module, journal: Journal) -> None:
             if name in own and own[name] != size:
                 journal.set_item(own, name, int(size))
         if isinstance(module, nn.RNNBase):
-            journal.set_item(own, "_flat_weights", [getattr(module, n, None) for n in module._flat_weights_names])
+            journal.set_item(
+                own, "_flat_weights", [getattr(module, n, None) for n in module._flat_weights_names]
+            )
 
 
 def _replaced(model: nn.Module, cuts: Cuts, journal: Journal, new: Mapping[str, Tensor]) -> dict[Any, Any]:

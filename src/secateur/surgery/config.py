@@ -149,7 +149,9 @@ def _search(
     edits: dict[Field, float] = {}
     left = _missed(model, trial, wanted)
     while left:
-        options = [(f, new) for f, old in _fields(trial) if f not in edits for new in sorted(changes.get(old, ()))]
+        options = [
+            (f, new) for f, old in _fields(trial) if f not in edits for new in sorted(changes.get(old, ()))
+        ]
         pairs = [p for p in itertools.combinations(options, 2) if p[0][0] != p[1][0]]
         best = left
         for choice in itertools.chain(((option,) for option in options), pairs[:_MOST_PAIRS]):

@@ -81,7 +81,9 @@ class Cuts:
         shape, nodes = self.tensors[tensor]
         mask = self._mask(nodes[dim])
         if mask.shape[0] != shape[dim]:
-            raise ArtifactError(f"The cut of {tensor}, dimension {dim}, is for {mask.shape[0]} not {shape[dim]} positions.")
+            raise ArtifactError(
+                f"The cut of {tensor}, dimension {dim}, is for {mask.shape[0]} not {shape[dim]} positions."
+            )
         return mask
 
     def _mask(self, node: Node) -> Tensor:
@@ -111,10 +113,19 @@ class Cuts:
                 name: {"label": a.label, "kind": a.kind, "size": a.size, "kept": _ranges(a.kept)}
                 for name, a in self.axes.items()
             },
-            "tensors": {n: {"shape": list(s), "dims": [_listed(d) for d in dims]} for n, (s, dims) in self.tensors.items()},
+            "tensors": {
+                n: {"shape": list(s), "dims": [_listed(d) for d in dims]}
+                for n, (s, dims) in self.tensors.items()
+            },
             "attributes": [
-                {"module": a.module, "steps": [list(s) if isinstance(s, tuple) else s for s in a.steps],
-                 "name": a.name, "index": a.index, "old": a.old, "new": a.new}
+                {
+                    "module": a.module,
+                    "steps": [list(s) if isinstance(s, tuple) else s for s in a.steps],
+                    "name": a.name,
+                    "index": a.index,
+                    "old": a.old,
+                    "new": a.new,
+                }
                 for a in self.attributes
             ],
             "scales": {n: list(s) for n, s in self.scales.items()},
@@ -131,7 +142,9 @@ class Cuts:
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, ArtifactError):
                 raise
-            raise ArtifactError(f"The surgery is damaged or not Secateur's: {type(error).__name__} {error}.") from None
+            raise ArtifactError(
+                f"The surgery is damaged or not Secateur's: {type(error).__name__} {error}."
+            ) from None
 
 
 def node_of(dim: Dim, names: Mapping[Axis, str]) -> Node:
@@ -172,15 +185,23 @@ def _read(data: Any) -> Cuts:
         size = _natural(a["size"])
         kept = tuple(i for low, high in a["kept"] for i in range(_natural(low), _natural(high)))
         if not kept or list(kept) != sorted(set(kept)) or kept[-1] >= size:
-            raise ArtifactError(f"The kept positions of {a['label']} are not sorted, or outside 0 to {size - 1}.")
+            raise ArtifactError(
+                f"The kept positions of {a['label']} are not sorted, or outside 0 to {size - 1}."
+            )
         cut_axes[str(name)] = CutAxis(str(a["label"]), str(a["kind"]), size, kept)
     tensors = {
         str(n): (tuple(_natural(k) for k in t["shape"]), tuple(_node(d, cut_axes) for d in t["dims"]))
         for n, t in data["tensors"].items()
     }
     attributes = tuple(
-        Attribute(str(a["module"]), tuple(_step(s) for s in a["steps"]), _identifier(a["name"]),
-                  None if a["index"] is None else _natural(a["index"]), _number(a["old"]), _number(a["new"]))
+        Attribute(
+            str(a["module"]),
+            tuple(_step(s) for s in a["steps"]),
+            _identifier(a["name"]),
+            None if a["index"] is None else _natural(a["index"]),
+            _number(a["old"]),
+            _number(a["new"]),
+        )
         for a in data["attributes"]
     )
     scales = {str(n): (_number(f), _number(o)) for n, (f, o) in data["scales"].items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.core.layout import is_hf_conv1d
 
@@ -12,7 +12,7 @@ from secateur.core.layout import is_hf_conv1d
 def stated_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Attributes of a module and the values that its weights say they have."""
     weight = getattr(module, "weight", None)
-    if weight is None:
+    if not isinstance(weight, Tensor):
         return
     shape = weight.shape
     if isinstance(module, nn.Linear):

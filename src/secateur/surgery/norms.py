@@ -30,4 +30,3 @@ def rescaled_norms(
         else:
             epsilons.append(Attribute(module, (), form.epsilon, None, form.value, form.value * ratio))
     return scales, epsilons, notes
-

@@ -15,13 +15,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from secateur.callsites import Edit
 from secateur.core.errors import ArtifactError, SurgeryError
 from secateur.core.files import write_text
-from secateur.printing import printed
 from secateur.graph import Cost, Graph, Group
 from secateur.graph.ints import Attr
 from secateur.graph.plan import Sizes, Solution
-from secateur.callsites import Edit
+from secateur.printing import printed
 from secateur.surgery.apply import Applied, carry_out
 from secateur.surgery.config import config_edits
 from secateur.surgery.cuts import Attribute, CutAxis, Cuts, node_of
@@ -74,7 +74,9 @@ class Surgery(Mapping[Group, tuple[int, ...]]):
         """What `apply_` would do, without doing it; `SurgeryError` where the model's code cannot follow."""
         return make_plan(self)
 
-    def apply_(self, model: nn.Module | None = None, optimizer: Optimizer | Iterable[Optimizer] = ()) -> Applied:
+    def apply_(
+        self, model: nn.Module | None = None, optimizer: Optimizer | Iterable[Optimizer] = ()
+    ) -> Applied:
         """Carry the surgery out in place: wholly, or, if anything fails, not at all.
 
         Args:
@@ -90,7 +92,9 @@ class Surgery(Mapping[Group, tuple[int, ...]]):
 
 def _indices(group: Group, kept: Kept, graph: Graph) -> tuple[int, ...]:
     if group.home.graph is not graph:
-        raise SurgeryError(f"{group} is a group of another graph than the first: trace once, and use one graph.")
+        raise SurgeryError(
+            f"{group} is a group of another graph than the first: trace once, and use one graph."
+        )
     if group.frozen is not None:
         raise SurgeryError(f"{group} cannot be cut: {group.frozen}.")
     if isinstance(kept, Tensor):
@@ -140,10 +144,17 @@ class Plan:
         table.add_column("places", justify="right")
         table.add_column("exact")
         for group, kept in self.surgery.items():
-            table.add_row(group.name, str(group.size), str(len(kept)), str(len(group.members)),
-                          "yes" if group.exact else f"no: {group.inexact[0]}")
+            table.add_row(
+                group.name,
+                str(group.size),
+                str(len(kept)),
+                str(len(group.members)),
+                "yes" if group.exact else f"no: {group.inexact[0]}",
+            )
         share = self.after.params / max(1, self.before.params), self.after.macs / max(1, self.before.macs)
-        table.caption = f"{share[0]:.1%} of the parameters and {share[1]:.1%} of the multiply-accumulates stay"
+        table.caption = (
+            f"{share[0]:.1%} of the parameters and {share[1]:.1%} of the multiply-accumulates stay"
+        )
         return table
 
     def __str__(self) -> str:
@@ -173,8 +184,13 @@ def make_plan(surgery: Surgery) -> Plan:
     if misfit is not None and cut:
         notes.append(f"config.json cannot express the result, since {misfit}: sc.load rebuilds it instead.")
     cuts = Cuts(
-        cut_axes, tensors, (*attributes, *floats, *fields), scales, graph.swapped,
-        tuple(e.to_dict() for e in edits), misfit is None and not edits and not graph.swapped and bool(fields or attributes)
+        cut_axes,
+        tensors,
+        (*attributes, *floats, *fields),
+        scales,
+        graph.swapped,
+        tuple(e.to_dict() for e in edits),
+        misfit is None and not edits and not graph.swapped and bool(fields or attributes),
     )
     return Plan(surgery, cuts, graph.cost(), graph.cost(counts), (*notes, *_notes(cut, solution)))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from secateur.graph.types import Types, TypingError
 
@@ -23,24 +23,46 @@ class Call:
         """The argument, or its default."""
         if name in self.kwargs:
             return self.kwargs[name]
-        for i, argument in enumerate(self.func._schema.arguments):
-            if argument.name == name:
-                return self.args[i] if i < len(self.args) else argument.default_value
-        raise TypingError(f"it has no argument {name!r}")
+        known = _arguments(self.func).get(name)
+        if known is None:
+            raise TypingError(f"it has no argument {name!r}")
+        i, default = known
+        return self.args[i] if i < len(self.args) else default
 
     def has(self, name: str) -> bool:
         """Whether the schema has an argument of this name."""
-        return any(argument.name == name for argument in self.func._schema.arguments)
+        return name in _arguments(self.func)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments."""
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        found: list[Tensor] = []
+        _collect(self.args, found)
+        _collect(tuple(self.kwargs.values()), found)
+        return found
 
     @property
     def outs(self) -> list[Tensor]:
         """All tensors returned."""
-        return [x for x in tree_leaves(self.out) if isinstance(x, Tensor)]
+        if isinstance(self.out, Tensor):
+            return [self.out]
+        found: list[Tensor] = []
+        _collect(self.out, found)
+        return found
+
+
+@lru_cache(maxsize=None)
+def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
+    """Position and default of each argument of an operator."""
+    return {a.name: (i, a.default_value) for i, a in enumerate(func._schema.arguments)}
+
+
+def _collect(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, tuple | list):
+        for x in tree:
+            _collect(x, found)
 
 
 Rule = Callable[[Types, Call], None]

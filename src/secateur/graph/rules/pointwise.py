@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ _UNTAGGED = frozenset(
 )
 
 
+@lru_cache(maxsize=None)
 def is_pointwise(func: Any, name: str) -> bool:
     """Whether an operator without a rule of its own works entry by entry."""
     return torch.Tag.pointwise in func.tags or name.removesuffix("_") in _UNTAGGED

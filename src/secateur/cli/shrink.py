@@ -1,0 +1,173 @@
+"""`secateur shrink`: smaller for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from secateur import layers
+from secateur.artifacts import load_hf, save
+from secateur.budget import Budget
+from secateur.cli import choices, shared
+from secateur.cli.data import Data, example_input, read_data
+from secateur.core.errors import SecateurError
+from secateur.core.files import write_text
+from secateur.shrink import DEFAULT_KINDS, shrink_
+from secateur.shrink_page import shrink_page
+from secateur.shrunk import ShrinkReport
+
+KINDS_HELP = (
+    f"Kinds of groups to cut, separated by commas; by default {', '.join(DEFAULT_KINDS)}. Also width, head_dim "
+    "and experts; all for every kind."
+)
+
+
+def shrink(
+    model_dir: shared.Folder,
+    out: Annotated[Path, typer.Option(help="Folder for the smaller model and its report.")],
+    params: Annotated[float | None, typer.Option(help="Fraction of the parameters that may remain.")] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Fraction of the multiply-accumulates that may remain.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Fraction of the bytes of weights and KV cache that may remain.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Fraction of a forward pass's time, measured here, that may remain.")
+    ] = None,
+    drop_layers: Annotated[
+        int, typer.Option(min=0, help="Blocks to drop first, those of least influence.")
+    ] = 0,
+    method: Annotated[
+        choices.GroupMethod, typer.Option("--method", help="The criterion: what a unit is worth.")
+    ] = choices.GroupMethod("magnitude"),
+    scope: Annotated[
+        choices.ScopeName, typer.Option("--scope", help="Which units are ranked together.")
+    ] = choices.ScopeName("isomorphic"),
+    kinds: Annotated[str | None, typer.Option(help=KINDS_HELP)] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="No groups whose name, or a tensor of theirs, matches; repeatable."),
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option(min=1, help="Kept neurons and filters are a multiple of this.")
+    ] = 1,
+    minimum: Annotated[int, typer.Option(min=1, help="Units of a group that stay in any case.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Score and cut in so many steps.")] = 1,
+    repair: Annotated[
+        bool, typer.Option(help="Fit the weights that stay to --data by least squares.")
+    ] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in the KV cache, for --memory.")] = 1,
+    context: Annotated[int, typer.Option(min=0, help="Tokens in the KV cache, for --memory.")] = 0,
+    data: shared.DataFile = None,
+    evaluate: shared.EvalFile = None,
+    samples: shared.Samples = 64,
+    length: shared.Length = 512,
+    seed: shared.Seed = 0,
+) -> None:
+    """Remove neurons, heads, filters and whole layers from a model, and save what is left.
+
+    The result is an ordinary, smaller model. Where its configuration can express it, plain from_pretrained
+    loads it; else sc.load does, and the report says so.
+    """
+    shared.check_out(model_dir, out)
+    budget = _budget(params, macs, memory, seconds, batch, context)
+    if budget is None and not drop_layers:
+        raise SecateurError("Say how small: one of --params, --macs, --memory, --seconds, or --drop-layers.")
+    model, task = load_hf(model_dir)
+    example = example_input(model)
+    if example is None:
+        raise SecateurError(
+            f"{model_dir} does not say what input its model takes: call sc.shrink_ with an example."
+        )
+    read = partial(read_data, folder=model_dir, model=model, task=task, samples=samples, length=length)
+    calibration = read(data) if data is not None else None
+    held_out = read(evaluate) if evaluate is not None else None
+    old_loss = shared.loss_of(model, held_out)
+    history: list[Any] = []
+    notes: list[str] = []
+    if drop_layers:
+        record = _drop(model, drop_layers, example, calibration)
+        history.append(record)
+        notes.append(f"Dropped {', '.join(record.dropped)}. " + " ".join(record.notes))
+    report = None
+    if budget is not None:
+        report = shrink_(
+            model,
+            example,
+            budget,
+            criterion=choices.GROUP_METHODS[method.value](seed),
+            scope=choices.SCOPES[scope.value](),
+            kinds=_kinds(kinds),
+            exclude=tuple(exclude or ()),
+            batches=calibration.batches if calibration else None,
+            loss=calibration.loss if calibration else None,
+            multiple_of=multiple_of,
+            minimum=minimum,
+            steps=steps,
+            repair=repair,
+        )
+        history += report.cuts
+    if held_out is not None:
+        notes.append(shared.loss_note(evaluate, task, old_loss, shared.loss_of(model, held_out)))
+    _write(model, out, model_dir, report, history, notes)
+
+
+def _budget(
+    params: float | None,
+    macs: float | None,
+    memory: float | None,
+    seconds: float | None,
+    batch: int,
+    context: int,
+) -> Budget | None:
+    given: dict[str, tuple[float | None, Callable[[float], Budget]]] = {
+        "--params": (params, Budget.params),
+        "--macs": (macs, Budget.macs),
+        "--memory": (memory, lambda f: Budget.memory(f, batch=batch, context=context)),
+        "--seconds": (seconds, Budget.seconds),
+    }
+    asked = [(value, make) for value, make in given.values() if value is not None]
+    if len(asked) > 1:
+        raise SecateurError(f"One budget at a time: give one of {', '.join(given)}.")
+    return asked[0][1](asked[0][0]) if asked else None
+
+
+def _kinds(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return DEFAULT_KINDS
+    return None if text == "all" else tuple(kind.strip() for kind in text.split(","))
+
+
+def _drop(model: nn.Module, n: int, example: Any, calibration: Data | None) -> layers.DropRecord:
+    if calibration is None:
+        raise SecateurError("--drop-layers measures the influence of each block: give it --data.")
+    scores = layers.block_influence(model, example, calibration.batches)
+    return layers.drop_layers_(model, layers.lowest(scores, n), example)
+
+
+def _write(
+    model: nn.Module,
+    out: Path,
+    source: Path,
+    report: ShrinkReport | None,
+    history: list[Any],
+    notes: list[str],
+) -> None:
+    if report is None:
+        save(model, out, surgery=history, source=source)
+        for note in notes:
+            shared.say(note)
+        shared.say(f"Saved in {out}.")
+        return
+    report = replace(report, notes=(*notes, *report.notes))
+    save(model, out, report=report, surgery=history, source=source)
+    write_text(out / "report.html", shrink_page(report))
+    shared.console.print(report)
+    shared.say(f"Saved in {out}; the report: {out / 'report.html'}")
