@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,18 @@ from secateur.criteria import Criterion, Magnitude
 from secateur.graph import Check, Cost, Graph, Group, oracle
 from secateur.measure import Measurement, as_call, measure
 from secateur.progress import track
-from secateur.reconstruct import RepairReport, repair_
+from secateur.reconstruct import RepairReport, Tokens, repair_
 from secateur.scoring import GroupCriterion, score_groups
 from secateur.selection import Constraint, Isomorphic, Scope, choose, constraints, signatures
 from secateur.shrunk import GroupRecord, ShrinkReport
 from secateur.surgery import Applied, Plan, Surgery, carry_out
 
 DEFAULT_KINDS = ("neurons", "filters", "heads", "kv_groups", "queries")
-"""What is cut unless asked otherwise: units inside blocks, whose removal is exact and whose outputs are their own."""
+"""What is cut unless asked otherwise: units inside blocks."""
+
+
+Repair = Literal["parallel", "sequential"]
+_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Asked:
     given: Mapping[str, Any]
     batches: Any
     loss: Loss | None
-    repair: bool
+    repair: Repair | None
     budget: Budget
 
 
@@ -63,7 +67,7 @@ def shrink_(
     maximum_sparsity: float | Mapping[str, float] = 1.0,
     sparsity: Mapping[str, float] | None = None,
     steps: int = 1,
-    repair: bool = True,
+    repair: Repair | None = "parallel",
     check: bool = True,
     optimizer: Optimizer | Iterable[Optimizer] = (),
 ) -> ShrinkReport:
@@ -88,8 +92,10 @@ def shrink_(
         maximum_sparsity: largest fraction of a group that may go.
         sparsity: fixed fractions, by kind or name.
         steps: score and cut in so many steps, each removing the same fraction.
-        repair: fit the weights that stay to `batches`, if there are any: least squares for each consumer,
-            and batch normalisation measured anew.
+        repair: fit the weights that stay to `batches`, if there are any: least squares for each consumer, and
+            batch normalisation measured anew. "parallel" fits all layers to the dense model's inputs at once;
+            "sequential" one after the other to what the repaired layers before pass on, which is better for
+            deep convolution networks and takes a pass over the data for each layer. None leaves it out.
         check: prove the result: its output equals that of the dense model with the removed units at zero.
         optimizer: one or several, whose parameters and state follow.
 
@@ -119,7 +125,7 @@ def shrink_(
         given,
         batches,
         loss,
-        repair and batches is not None,
+        repair if batches is not None else None,
         budget,
     )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -148,7 +154,7 @@ def shrink_(
             "scope": repr(asked.scope),
             "kinds": "all" if kinds is None else ", ".join(sorted(kinds)),
             "steps": str(steps),
-            "repair": "yes" if asked.repair else "no data" if repair else "no",
+            "repair": asked.repair or ("no data" if repair else "none"),
         },
         groups=_records(done[0].graph, graph),
         frozen=tuple((f.reason, f.share) for f in done[0].graph.frozen()),
@@ -267,7 +273,7 @@ def _step(
     repaired = None
     if asked.repair:
         keeps, slices = _features(plan)
-        repaired = repair_(model, keeps, asked.batches, slices=slices) if keeps else None
+        repaired = _repaired(model, keeps, slices, asked) if keeps else None
     expected = oracle.outputs(graph.masked_twin(surgery), graph.example) if exact else None
     applied = carry_out(model, plan.cuts, optimizers)
     proof = None
@@ -338,6 +344,14 @@ def _features(plan: Plan) -> tuple[dict[str, Tensor], dict[tuple[str, int], Tens
             else:
                 slices[name, dim] = mask
     return keeps, slices
+
+
+def _repaired(
+    model: nn.Module, keeps: Mapping[str, Tensor], slices: Mapping[tuple[str, int], Tensor], asked: _Asked
+) -> RepairReport:
+    assert asked.repair is not None
+    positions = Tokens(_POSITIONS)  # of an image; neighbours say nearly the same
+    return repair_(model, keeps, asked.batches, slices=slices, mode=asked.repair, tokens=positions)
 
 
 def _retraced(old: Graph, step: _Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:

@@ -81,7 +81,7 @@ def _call_at(tree: ast.Module, code: CodeType, lasti: int) -> ast.Call:
         # In a chain over several lines a method call starts, for the compiler, at the name after the dot.
         starts = [(node.lineno, node.col_offset)]
         if isinstance(node.func, ast.Attribute):
-            pass
+            starts.append(word(node.func))
         if (start, left) in starts:
             return node
     raise CallSiteError("There is no call at this place of the source: it was changed after the import.")

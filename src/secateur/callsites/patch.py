@@ -224,16 +224,16 @@ def _resolve(name: str, qualname: str, source: str, alive: list[FunctionType]) -
             f"There is no function {where}: its calls were edited with another version of {name}."
         )
 
-    found = [
-        u for file in {c.co_filename for c in codes} for u in units(module, file)[0] if u.qualname == qualname
-    ]
+    # In a notebook cells that ran twice define functions twice: the one that has the name now comes first.
+    files = dict.fromkeys(code.co_filename for code in codes)
+    found = [unit for file in files for unit in units(module, file)[0] if unit.qualname == qualname]
     sound = [unit for unit in found if unit.sha256 == source]
     if not sound:
         raise CallSiteError(
             f"The source of {where} is not what it was when its calls were edited: use the same version of "
             f"{name.split('.')[0]}, or prune the model again."
         )
-    for unit, flags in product(sound, {features(code) for code in codes}):
+    for unit, flags in product(sound, dict.fromkeys(features(code) for code in codes)):
         table = _Table(unit, module, flags, unit.compiled(unit.node, flags))
         if any(table.number(code) is not None for code in codes):
             return table

@@ -64,7 +64,9 @@ class Edit:
 
     def __str__(self) -> str:
         new = "-1" if self.dimension is None else f"shape[{self.dimension}]"
-        return f"{self.module}.{self.qualname}:{self.line} {self.method}: size {self.argument} is {new}"
+        return (
+            f"{self.module}.{self.qualname} line +{self.line}, {self.method}: size {self.argument} as {new}"
+        )
 
     def to_dict(self) -> dict[str, str | int | None]:
         """As JSON."""

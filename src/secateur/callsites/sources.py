@@ -101,7 +101,7 @@ def features(code: CodeType) -> int:
 
 def same(a: CodeType, b: CodeType) -> bool:
     """Whether two codes come from the same place of equal sources."""
-    # Equality of codes leaves out the file name, and in Python 3.11 the columns.
+    # Equality of codes leaves out the file name, and in the first Python 3.11 the columns.
     if a.co_filename != b.co_filename or a != b:
         return False
     return list(a.co_positions()) == list(b.co_positions())

@@ -9,6 +9,7 @@ from enum import Enum
 from secateur import allocation, criteria, scoring, selection
 from secateur.core.errors import SecateurError
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
+from secateur.shrink import Repair
 from secateur.stats import ExactDiagonal, HutchinsonDiagonal
 
 METHODS: dict[str, Callable[[int], criteria.Criterion]] = {
@@ -55,11 +56,14 @@ SCOPES: dict[str, Callable[[], selection.Scope]] = {
     "local": selection.Local,
 }
 
+REPAIRS: dict[str, Repair | None] = {"parallel": "parallel", "sequential": "sequential", "none": None}
+
 # Enumerations, so that the help text lists the words.
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
 AllocationName = Enum("AllocationName", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
 
 GroupMethod = Enum("GroupMethod", {name: name for name in GROUP_METHODS}, type=str)  # type: ignore[misc]
+RepairName = Enum("RepairName", {name: name for name in REPAIRS}, type=str)  # type: ignore[misc]
 ScopeName = Enum("ScopeName", {name: name for name in SCOPES}, type=str)  # type: ignore[misc]
 
 

@@ -23,9 +23,12 @@ from secateur.shrink_page import shrink_page
 from secateur.shrunk import ShrinkReport
 
 KINDS_HELP = (
-    f"Kinds of groups to cut, separated by commas; by default {', '.join(DEFAULT_KINDS)}. Also width, head_dim "
-    "and experts; all for every kind."
+    f"Kinds of groups to cut, separated by commas; by default {', '.join(DEFAULT_KINDS)}. Also width, "
+    "head_dim and experts; all for every kind."
 )
+_MAGNITUDE = choices.GroupMethod("magnitude")
+_PARALLEL = choices.RepairName("parallel")
+_ISOMORPHIC = choices.ScopeName("isomorphic")
 
 
 def shrink(
@@ -46,10 +49,10 @@ def shrink(
     ] = 0,
     method: Annotated[
         choices.GroupMethod, typer.Option("--method", help="The criterion: what a unit is worth.")
-    ] = choices.GroupMethod("magnitude"),
+    ] = _MAGNITUDE,
     scope: Annotated[
         choices.ScopeName, typer.Option("--scope", help="Which units are ranked together.")
-    ] = choices.ScopeName("isomorphic"),
+    ] = _ISOMORPHIC,
     kinds: Annotated[str | None, typer.Option(help=KINDS_HELP)] = None,
     exclude: Annotated[
         list[str] | None,
@@ -61,8 +64,8 @@ def shrink(
     minimum: Annotated[int, typer.Option(min=1, help="Units of a group that stay in any case.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Score and cut in so many steps.")] = 1,
     repair: Annotated[
-        bool, typer.Option(help="Fit the weights that stay to --data by least squares.")
-    ] = True,
+        choices.RepairName, typer.Option(help="Fit the weights that stay to --data by least squares.")
+    ] = _PARALLEL,
     batch: Annotated[int, typer.Option(min=1, help="Sequences in the KV cache, for --memory.")] = 1,
     context: Annotated[int, typer.Option(min=0, help="Tokens in the KV cache, for --memory.")] = 0,
     data: shared.DataFile = None,
@@ -111,7 +114,7 @@ def shrink(
             multiple_of=multiple_of,
             minimum=minimum,
             steps=steps,
-            repair=repair,
+            repair=choices.REPAIRS[repair.value],
         )
         history += report.cuts
     if held_out is not None:
@@ -148,7 +151,7 @@ def _kinds(text: str | None) -> tuple[str, ...] | None:
 def _drop(model: nn.Module, n: int, example: Any, calibration: Data | None) -> layers.DropRecord:
     if calibration is None:
         raise SecateurError("--drop-layers measures the influence of each block: give it --data.")
-    scores = layers.block_influence(model, example, calibration.batches)
+    scores = layers.block_influence(model, calibration.batches)
     return layers.drop_layers_(model, layers.lowest(scores, n), example)
 
 

@@ -1,7 +1,7 @@
 """Three ways to run operators during a trace, from fast to faithful.
 
-- `Light`: small tensors that no parameter went into keep their values, all others have shapes alone. Positions
-  and masks are computed, so that code may read them, while nothing that costs anything is.
+- `Light`: small tensors that no parameter went into keep their values, all others have shapes alone. So
+  positions and masks are computed, and code may read them, while nothing that costs anything is.
 - `Fake`: torch's fake tensors. Slower, and closer to the real device where code asks for it.
 - `Real`: the model's own tensors, for code that reads values of activations.
 """

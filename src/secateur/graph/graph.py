@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import SelectionError
 from secateur.core.names import unwrap
-from secateur.graph import axes, groups, oracle, siblings
+from secateur.graph import axes, draw, groups, oracle, siblings
 from secateur.graph.axes import Axis, Dim
 from secateur.graph.groups import Group
 from secateur.graph.ints import Attr
@@ -210,6 +210,13 @@ class Graph:
             masks[group.axis] = torch.zeros(group.size, dtype=torch.bool)
             masks[group.axis][list(indices)] = True
         return oracle.masked(self.model, self.types, masks)
+
+    def dot(self, kind: str | None = None) -> str:
+        """A picture of the groups and the tensors that they tie together, as text for Graphviz.
+
+        `dot -Tsvg` draws it. All groups of parameters are shown, frozen ones dashed, or one kind of free ones.
+        """
+        return draw.dot(self.all_groups if kind is None else self.groups(kind), self.prunable_share())
 
     def explain(self, tensor: str) -> str:
         """What each dimension of a parameter or buffer is made of, and why it can or cannot be cut."""

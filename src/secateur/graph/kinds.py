@@ -1,4 +1,4 @@
-"""What to call an axis, from the parts it was seen to play. For reports and defaults; nothing depends on it."""
+"""What to call an axis, from the parts it was seen to play. Reports and defaults alone depend on it."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def outputs(model: nn.Module, example: tuple[Sequence[Any], Mapping[str, Any]]) 
 
 
 def difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
-    """Largest difference of corresponding tensors of one shape, relative to the largest entry; NaN is infinite."""
+    """Largest difference of tensors of one shape, relative to the largest entry; NaN is infinite."""
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if x.shape != y.shape or x.numel() == 0:

@@ -124,14 +124,14 @@ class Constraints:
         return isinstance(site, CallSite) and tie.argument.index < len(site.sizes)
 
     def clusters(self) -> list[set[Axis]]:
-        """Leaves that one attribute sets together: their shares must be the same."""
-        by_attr: dict[Attr, list[tuple[Dim, Tie]]] = defaultdict(list)
+        """Leaves that one number sets together: their shares must be the same."""
+        by_expr: dict[object, list[Dim]] = defaultdict(list)
         for tie in self.ties:
-            if isinstance(tie.expr, Attr) and not self.repairable(tie):
-                by_attr[tie.expr].append((tie.dim, tie))
+            if not isinstance(tie.expr, int) and not self.repairable(tie):
+                by_expr[_key(tie.expr)].append(tie.dim)
         union = _Union()
-        for found in by_attr.values():
-            sets = [set(axes.leaves(dim)) for dim, _ in found]
+        for found in by_expr.values():
+            sets = [set(axes.leaves(dim)) for dim in found]
             first = sets[0]
             for other in sets[1:]:
                 union.join([leaf for leaf in first ^ other if leaf.frozen is None])
@@ -275,19 +275,20 @@ class _Solver:
         return [tie.expr]
 
     def _search(self, tie: Tie) -> list[Attr]:
-        """One attribute in an expression that no other tie gives is looked for."""
+        """An attribute in an expression that no other tie gives is looked for."""
         if self._holds(tie):
             return []
-        free = {p for p in parts(tie.expr) if isinstance(p, Attr) and not self._is_tied(p)}
-        if len(free) != 1:
-            return []
-        (a,) = free
-        old, target = self.c.values[a], self.size(tie.dim)
-        for n in sorted(range(1, min(old, _SEARCH) + 1), key=lambda n: abs(n - old)):
-            if evaluate(tie.expr, self.size, lambda b, n=n: n if b == a else self.attr(b)) == target:  # type: ignore[misc]
-                self.out.attrs[a] = n
-                self.tied.add(a)
-                return [a]
+        free = {p: None for p in parts(tie.expr) if isinstance(p, Attr) and not self._is_tied(p)}
+        target = self.size(tie.dim)
+        before = max(1, axes.extent(tie.dim))
+        for a in free:
+            old = self.c.values[a]
+            likely = old * target // before  # of several numbers that serve, the proportional one
+            for n in sorted(range(1, min(old, _SEARCH) + 1), key=lambda n: (n != likely, abs(n - old))):
+                if evaluate(tie.expr, self.size, lambda b, n=n, a=a: n if b == a else self.attr(b)) == target:  # type: ignore[misc]
+                    self.out.attrs[a] = n
+                    self.tied.add(a)
+                    return [a]
         return []
 
     def _is_tied(self, a: Attr) -> bool:
@@ -302,7 +303,7 @@ class _Solver:
                 calls[_exactly(tie.place)].append(tie)  # type: ignore[index]
             else:
                 self.out.problems.append(_problem(tie, self.c))
-        for key, ties in calls.items():
+        for ties in calls.values():
             arguments: dict[int, set[int | None]] = defaultdict(set)
             for tie in ties:
                 arguments[tie.argument.index].add(tie.argument.same_as)

@@ -1,9 +1,9 @@
-"""Root-mean-square norms, told by what they compute.
+r"""Root-mean-square norms, told by what they compute.
 
-Removing positions changes the mean of squares by a known factor, which the norm's weight and epsilon can take
-up: such a removal is exact. With D positions of which D' are left, and zeros elsewhere, mean' = mean D / D', so
+Removing positions changes the mean of squares by a known factor, which the norm's weight and epsilon can
+take up: such a removal is exact. Of D positions D' are left, and zeros stood elsewhere: m' = m D / D', so
 
-$$ \\frac{x}{\\sqrt{\\mathrm{mean}' + \\epsilon D / D'}} \\sqrt{D / D'} = \\frac{x}{\\sqrt{\\mathrm{mean} + \\epsilon}}. $$
+$$ \frac{x}{\sqrt{m' + \epsilon D / D'}} \sqrt{D / D'} = \frac{x}{\sqrt{m + \epsilon}}. $$
 """
 
 from __future__ import annotations

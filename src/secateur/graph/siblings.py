@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from os.path import commonprefix
-
 from torch import nn
 
 from secateur.graph import axes
@@ -60,7 +58,13 @@ def _sibling(
         and all(_used(s, types) for s in stored[other] if s.is_parameter)
         and [s.tensor.shape for s in stored[other]] == shapes
     ]
-    return max(alike, key=lambda other: len(commonprefix([other, name])), default=None)
+    return max(alike, key=lambda other: _common(other, name), default=None)
+
+
+def _common(a: str, b: str) -> int:
+    """How many parts of two names agree from the front."""
+    pairs = zip(a.split("."), b.split("."), strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(a.count("."), b.count(".")) + 1)
 
 
 def _holders(types: Types) -> dict[Axis, set[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +84,8 @@ class SizeMode(TorchFunctionMode):
         if name == "scaled_dot_product_attention" and self.device is not None:
             return self._attention(tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
         self.types.selecting = self._selected(name, args)
+        if name == "one_hot" and _has_no_values(args[0]):
+            func = self._one_hot
         try:
             out = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
         finally:
@@ -104,6 +107,16 @@ class SizeMode(TorchFunctionMode):
         self.types.operators[call.name] += 1
         RULES[call.name](self.types, call)
         return call.out
+
+    def _one_hot(self, index: Tensor, num_classes: int = -1) -> Tensor:
+        """One-hot as one operator: without values torch compares with positions instead."""
+        call = Call(
+            torch.ops.aten.one_hot.default, "aten::one_hot", (index, num_classes), {},
+            index.new_empty((*index.shape, num_classes), dtype=torch.int64),
+        )
+        self.types.operators[call.name] += 1
+        RULES[call.name](self.types, call)
+        return call.out  # type: ignore[no-any-return]
 
     def _refuse(self, why: str, *trees: Any) -> None:
         for t in tree_leaves(trees):
@@ -152,6 +165,10 @@ class SizeMode(TorchFunctionMode):
                 self.ties.append(Tie(dim, int(size), place(), argument))
             else:
                 axes.freeze(dim, blame(f"the number {int(size)} stands in the code"))
+
+
+def _has_no_values(tensor: Any) -> bool:
+    return isinstance(tensor, FakeTensor) or (isinstance(tensor, Tensor) and tensor.is_meta)
 
 
 _ARITHMETIC = frozenset(
@@ -297,7 +314,10 @@ def _chunked(mode: SizeMode, name: str, args: Any, kwargs: Any, out: Any) -> Non
         mode.types.freeze(whole, "split at given positions")
     elif axes.frozen_reason(whole) is None:
         part: Expr = Op("ceildiv", (Size(whole), expr_of(n)))
-        mode.ties.extend(Tie(mode.types.dims(o)[at], part, place(), Argument(name)) for o in out[:-1])
+        parts = [mode.types.dims(o)[at] for o in out]
+        # The last part is what is left: where it was as large as the others, it stays so.
+        alike = parts if axes.extent(parts[-1]) == axes.extent(parts[0]) else parts[:-1]
+        mode.ties.extend(Tie(dim, part, place(), Argument(name)) for dim in alike)
 
 
 @_handles("narrow")

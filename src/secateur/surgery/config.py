@@ -31,7 +31,7 @@ _DEEPEST = 3  # configurations inside configurations
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a model built from a configuration must have: shapes of its state dict, and numbers in its modules."""
+    """What a model built from a configuration must have: shapes of its state dict, numbers in its modules."""
 
     shapes: Shapes
     numbers: Mapping[Number, float]

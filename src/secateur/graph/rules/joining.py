@@ -92,6 +92,14 @@ def _(types: Types, call: Call) -> None:
     types.put(call.out, [axes.fresh(n, "a diagonal") for n in call.out.shape])
 
 
+@rule("tril", "tril_", "triu", "triu_")
+def _(types: Types, call: Call) -> None:
+    dims = types.dims(call["self"])
+    for dim in dims[-2:]:
+        types.freeze(dim, "a triangle of it is taken")
+    types.like(call.out, dims, call["self"], value=False)
+
+
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
       "_efficientzerotensor")
 def _(types: Types, call: Call) -> None:

@@ -21,7 +21,7 @@ _KEEPS_ZERO = frozenset(
     sqrt abs neg expm1 log1p erf sign sgn round floor ceil trunc frac atan asinh sinh tan asin square
     clone _to_copy detach alias lift_fresh lift_fresh_copy lift native_dropout dropout nan_to_num
     _prelu_kernel prelu positive conj _conj resolve_conj contiguous real imag type_as rrelu_with_noise
-    tril triu bernoulli zeros_like _fused_dropout pin_memory threshold fmod copysign deg2rad rad2deg
+    bernoulli zeros_like _fused_dropout pin_memory threshold fmod copysign deg2rad rad2deg
     feature_dropout alpha_dropout glu_jvp isnan isinf view_as_real_copy""".split()
 )
 _SUMS = frozenset("add sub rsub maximum minimum hypot lerp complex where copy __or__ logical_or".split())
@@ -39,7 +39,7 @@ _FORGETS_VALUE = frozenset(
 _COMPARISONS = frozenset("eq ne lt le gt ge".split())
 _UNTAGGED = frozenset(
     """clone _to_copy detach alias lift_fresh lift_fresh_copy lift zeros_like ones_like empty_like full_like
-    rand_like randn_like fill zero normal uniform bernoulli triu tril native_dropout _conj isnan isinf
+    rand_like randn_like fill zero normal uniform bernoulli native_dropout _conj isnan isinf
     nan_to_num copy contiguous masked_fill pin_memory random log_sigmoid_forward _conj_physical relu sigmoid
     where _prelu_kernel hardtanh polar complex real imag floor_divide fmod type_as hardswish hardsigmoid silu
     mish softplus elu gelu leaky_relu celu selu relu6 threshold softshrink hardshrink log_sigmoid angle
