@@ -1,5 +1,6 @@
 """Secateur: pruning for PyTorch. Exact, plain, small."""
 
+from secateur import layers
 from secateur.allocation import (
     Allocation,
     Custom,
@@ -191,6 +192,7 @@ __all__ = [
     "lamp",
     "laplace_scale",
     "last_blocks",
+    "layers",
     "load",
     "load_hf",
     "loss_increase",

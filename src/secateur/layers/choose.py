@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from secateur.core.errors import NonFiniteError, SelectionError
-from secateur.layers.stacks import Stack
+from secateur.layers.finding import Stack
 
 
 def first_blocks(stack: Stack, n: int) -> tuple[str, ...]:

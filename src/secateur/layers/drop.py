@@ -14,9 +14,9 @@ from secateur.core.errors import SelectionError
 from secateur.core.names import unwrap
 from secateur.layers.changes import Changes, Cut, Edit, Journal, above, places, unexplained
 from secateur.layers.config import Dialect, as_edits, configs, disagreement, fit
+from secateur.layers.finding import Stack, require, survey
 from secateur.layers.optimizers import forget
 from secateur.layers.proof import check_outputs, follow, outputs, prove
-from secateur.layers.stacks import Stack, require, survey
 from secateur.measure import as_call
 
 

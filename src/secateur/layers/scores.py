@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.collect.batches import Batch, Batches, Loss, as_batches, mean_loss
 from secateur.core.errors import NonFiniteError, SelectionError, StatsError
 from secateur.core.names import unwrap
-from secateur.layers.stacks import Stack, survey
+from secateur.layers.finding import Stack, require, survey
 from secateur.layers.tensors import bypassed, call, inference, main_input, main_output
 from secateur.progress import track
 
@@ -183,9 +183,7 @@ def _setting(
     if stacks is None:
         first = next(iter(data))
         stacks = survey(inner, first.args, first.kwargs)
-    if not any(stack.droppable for stack in stacks):
-        raise SelectionError("The model has no blocks that can be dropped; sc.layers.stacks says why.")
-    return inner, data, stacks
+    return inner, data, require(inner, stacks)
 
 
 def _runs(stack: Stack, n: int) -> Iterator[tuple[str, ...]]:
