@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -175,20 +175,37 @@ def _takes_device(func: Any) -> bool:
 
 def _grouped_mm(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Its own shape function refuses what the operator computes: other types than bfloat16."""
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])  # fake or meta, like the tensors
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=_META)
 
 
 def _batch_norm(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    return _meta(x), _empty(x, (0,)), _empty(x, (0,))
 
 
 def _layer_norm(x: Tensor, shape: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     outer = [*x.shape[: -len(shape)], *[1] * len(shape)]
-    return torch.empty_like(x), x.new_empty(outer), x.new_empty(outer)
+    return _meta(x), _empty(x, outer), _empty(x, outer)
 
 
 def _same(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return torch.empty_like(x)
+    return _meta(x)
+
+
+def _binary(x: Tensor, y: Any, **kwargs: Any) -> Tensor:
+    """Sum or product: of one type and shape mostly, else torch says what comes out."""
+    if not isinstance(y, Tensor):
+        return _meta(x) if x.is_floating_point() else torch.add(x, y)
+    if x.dtype != y.dtype:
+        return torch.add(x, y)
+    return _meta(x) if x.shape == y.shape else _empty(x, torch.broadcast_shapes(x.shape, y.shape))
+
+
+def _itself(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
 
 
 def _convolution(
@@ -217,7 +234,7 @@ def _convolution(
             else (n + 2 * p - reach - 1) // s + 1
         )
     channels = w.shape[1] * groups if transposed else w.shape[0]
-    return x.new_empty([x.shape[0], channels, *out])
+    return _empty(x, (x.shape[0], channels, *out))
 
 
 # Operators whose shapes torch works out in Python, slowly, though they are plain.
@@ -227,6 +244,13 @@ _QUICK: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.convolution.default: _convolution,
     aten.relu.default: _same,
+    aten.add.Tensor: _binary,
+    aten.mul.Tensor: _binary,
+    aten.relu_.default: _itself,
+    aten.add_.Tensor: _itself,
+    aten.mul_.Tensor: _itself,
+    aten.hardswish_.default: _itself,
+    aten.silu_.default: _itself,
     aten.gelu.default: _same,
     aten.silu.default: _same,
     aten.hardswish.default: _same,

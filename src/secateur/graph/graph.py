@@ -281,7 +281,7 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
             + (f" and {len(unmet) - 5} more." if len(unmet) > 5 else ".")
         )
     ledger = traced.ledger
-    constraints = Constraints(traced.ties, ledger.guards.values(), ledger.numbers, ledger.values)
+    constraints = Constraints(traced.ties, ledger.guards.values(), ledger.numbers, ledger.values, types.aligned)
     norms = _rms_norms(model, types)
     found = groups.find_groups(types, norms)
     steps = _feasible(found, constraints)

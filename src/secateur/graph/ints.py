@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.graph import axes
 from secateur.graph.axes import Dim
-from secateur.graph.types import Place, place
+from secateur.graph.types import Place, called_from_outside, place
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,16 @@ class TracedInt(int):
         self.ledger.used_as_number(self.expr, "as a float")
         return int.__float__(self)
 
+    def __int__(self) -> int:
+        # This package and torch strip the expression all the time; only the traced code loses it by that.
+        if called_from_outside():
+            self.ledger.used_as_number(self.expr, "by int")
+        return int.__index__(self)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        self.ledger.used_as_number(self.expr, f"in numpy's {ufunc.__name__}")
+        return getattr(ufunc, method)(*map(plain, inputs), **kwargs)
+
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
         result = int.__pow__(self, other) if isinstance(other, int) else NotImplemented
         if isinstance(result, int) and isinstance(other, int):
@@ -128,6 +141,45 @@ class TracedInt(int):
 
     def __reduce__(self) -> Any:
         return int, (int(self),)
+
+
+@contextmanager
+def watched(ledger: Ledger) -> Iterator[None]:
+    """While this holds, functions of Python that would strip an integer of its expression say so."""
+    saved = [(module, name, getattr(module, name)) for module, names in _STRIPPING for name in names]
+
+    def telling(function: Any, name: str) -> Any:
+        def told(*args: Any) -> Any:
+            for a in args:
+                if isinstance(a, TracedInt):
+                    ledger.used_as_number(a.expr, f"in {name}")
+            return function(*args)
+
+        return _Told(name, (), {"of": function, "call": staticmethod(told)}) if isinstance(function, type) else told
+
+    try:
+        for module, name, function in saved:
+            setattr(module, name, telling(function, name))
+        yield
+    finally:
+        for module, name, function in saved:
+            setattr(module, name, function)
+
+
+class _Told(type):
+    """Stands for a type, for those that ask whether something is an instance of it."""
+
+    def __call__(cls, *args: Any) -> Any:
+        return cls.call(*args)  # type: ignore[attr-defined]
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return isinstance(thing, cls.of)  # type: ignore[attr-defined]
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return issubclass(other, cls.of)  # type: ignore[attr-defined]
+
+
+_STRIPPING = ((builtins, ("range",)), (math, ("log", "log2", "log10", "isqrt", "gcd", "lcm")))
 
 
 def expr_of(value: Any) -> Expr:

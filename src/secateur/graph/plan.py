@@ -90,14 +90,17 @@ class Constraints:
         guards: Iterable[Guard],
         numbers: Iterable[tuple[str, Expr, Place]],
         values: Mapping[Attr, int],
+        aligned: Iterable[tuple[Dim, int, str]] = (),
     ) -> None:
         self.values = values
         self._sites: dict[object, CallSite | Reason] = {}
         self.ties = _distinct(ties)
         self.guards = [g for g in guards if not _frozen_expr(g.left) or not _frozen_expr(g.right)]
         self.numbers = list(numbers)
+        self.aligned = list(aligned)
         self._ties = _index((t.expr, t.dim) for t in self.ties)
         self._guards = _index((g.left, g.right) for g in self.guards)
+        self._aligned = _index((dim,) for dim, _, _ in self.aligned)
         self._numbers = _index((expr,) for _, expr, _ in self.numbers)
 
     def solve(self, kept: Mapping[Axis, int]) -> Solution:
@@ -256,6 +259,10 @@ class _Solver:
         failing = [t for i in self.touched if not self._holds(t := self.c.ties[i])]
         self._repair(failing)
         self._guards(seen)
+        for i in {i: None for key in seen for i in self.c._aligned.get(key, ())}:
+            dim, multiple, why = self.c.aligned[i]
+            if self.size(dim) % multiple:
+                self.out.problems.append(Problem(why, _axes_of(dim)))
         self._numbers(seen | set(self.out.attrs))
         self.out.attrs = {a: n for a, n in self.out.attrs.items() if n != self.c.values[a]}
         return self.out

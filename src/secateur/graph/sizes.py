@@ -81,15 +81,17 @@ class SizeMode(TorchFunctionMode):
         if name in ("numel", "nelement", "__len__") and isinstance(args[0], Tensor):
             return self._count(func, name, args[0])
         self._numbers(name, args, kwargs)
-        if name == "scaled_dot_product_attention" and self.device is not None:
-            return self._attention(tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
+        whole = _WHOLE.get(name) if self.device is not None else None
+        if whole is not None and self._without_values(args):
+            return self._typed(whole, tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
         self.types.selecting = self._selected(name, args)
+        self.types.marking = name == "one_hot"
         if name == "one_hot" and _has_no_values(args[0]):
             func = self._one_hot
         try:
             out = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
         finally:
-            self.types.selecting = None
+            self.types.selecting, self.types.marking = None, False
         handler = _HANDLERS.get(name)
         if handler is not None:
             try:
@@ -98,25 +100,18 @@ class SizeMode(TorchFunctionMode):
                 self._refuse(f"the sizes given to {name} are not understood ({error})", args, kwargs, out)
         return out
 
-    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Fused attention as one operator: without a device torch takes it apart."""
-        func = torch.ops.aten.scaled_dot_product_attention.default
-        call = Call(func, "aten::scaled_dot_product_attention", args, kwargs, None)
-        query, value = call["query"], call["value"]
-        call.out = query.new_empty((*query.shape[:-1], value.shape[-1]), device="meta")
-        self.types.operators[call.name] += 1
-        RULES[call.name](self.types, call)
-        return call.out
+    def _without_values(self, args: tuple[Any, ...]) -> bool:
+        """Whether a parameter, or what came of one, is among the arguments."""
+        return any(isinstance(a, Tensor) and (a.is_meta or id(a) in self.types.stored) for a in args)
 
-    def _one_hot(self, index: Tensor, num_classes: int = -1) -> Tensor:
-        """One-hot as one operator: without values torch compares with positions instead."""
-        call = Call(
-            torch.ops.aten.one_hot.default, "aten::one_hot", (index, num_classes), {},
-            index.new_empty((*index.shape, num_classes), dtype=torch.int64),
-        )
-        self.types.operators[call.name] += 1
-        RULES[call.name](self.types, call)
-        return call.out  # type: ignore[no-any-return]
+    def _typed(self, whole: _Whole, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The result of an operator that torch would take apart where there are no values."""
+        name = f"aten::{whole.func._schema.name.rpartition('::')[2]}"
+        call = Call(whole.func, name, args, kwargs, None)
+        call.out = torch.empty(whole.shape(call), dtype=call.tensors[0].dtype, device="meta")
+        self.types.operators[name] += 1
+        RULES[name](self.types, call)
+        return call.out
 
     def _refuse(self, why: str, *trees: Any) -> None:
         for t in tree_leaves(trees):
@@ -170,6 +165,25 @@ class SizeMode(TorchFunctionMode):
 def _has_no_values(tensor: Any) -> bool:
     return isinstance(tensor, FakeTensor) or (isinstance(tensor, Tensor) and tensor.is_meta)
 
+
+@dataclass(frozen=True)
+class _Whole:
+    """An operator, and the shape that it gives."""
+
+    func: Any
+    shape: Callable[[Call], tuple[int, ...]]
+
+
+_WHOLE = {
+    "linear": _Whole(
+        torch.ops.aten.linear.default,
+        lambda call: (*_SHAPE(call["input"])[:-1], *_SHAPE(call["weight"])[:-1]),
+    ),
+    "scaled_dot_product_attention": _Whole(
+        torch.ops.aten.scaled_dot_product_attention.default,
+        lambda call: (*_SHAPE(call["query"])[:-1], _SHAPE(call["value"])[-1]),
+    ),
+}
 
 _ARITHMETIC = frozenset(
     [

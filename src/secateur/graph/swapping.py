@@ -20,7 +20,16 @@ class Exchanged:
 
 def swap_modules_(model: nn.Module) -> Exchanged:
     """Exchange the classes of all such modules that are not exchanged yet."""
-    before = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
-    handle = swap_(model)
-    after = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
-    return Exchanged(tuple(sorted(after - before)), handle.undo)
+    touched = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention | nn.TransformerEncoder)]
+    saved = [(m, type(m), dict(vars(m))) for m in touched]
+    try:
+        before = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+        handle = swap_(model)
+        after = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}
+        return Exchanged(tuple(sorted(after - before)), handle.undo)
+    except BaseException:
+        for module, kind, own in saved:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(own)
+        raise

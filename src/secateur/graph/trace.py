@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secateur.core.modes import evaluation, unfused
 from secateur.graph import axes
 from secateur.graph.engines import Engine, Fake, Light, Real
-from secateur.graph.ints import Attr, Ledger, TracedInt
+from secateur.graph.ints import Attr, Ledger, TracedInt, watched
 from secateur.graph.rules import RULES, Call
 from secateur.graph.rules.pointwise import is_pointwise, pointwise
 from secateur.graph.sizes import SizeMode, Tie
@@ -177,6 +177,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
         stack.enter_context(_RuleMode(types, engine))
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         stack.enter_context(SizeMode(types, ledger, ties, device if how == "light" else None))
+        stack.enter_context(watched(ledger))
         ledger.listening = True
         output = model(*inputs[0], **inputs[1])
         ledger.listening = False

@@ -25,8 +25,8 @@ from secateur.graph.axes import Axis, Dim
 _NAME = "_secateur_type"
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
-_CHECKS = str(Path(jaxtyping.__file__).parent)
-_HIDDEN = (_OURS, _TORCH, _CHECKS, "<frozen", "<string>", "<@beartype")
+_CHECKS = (str(Path(jaxtyping.__file__).parent), "<@beartype")
+_HIDDEN = (_OURS, _TORCH, *_CHECKS, "<frozen", "<string>")
 NONE: frozenset[Axis] = frozenset()
 
 
@@ -82,6 +82,14 @@ def place() -> Place:
     return Place("torch", frame.f_lineno)
 
 
+def called_from_outside() -> bool:
+    """Whether the caller of the present function's caller is neither torch nor this package."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_CHECKS):
+        frame = frame.f_back  # what checks annotations stands between them
+    return not frame.f_code.co_filename.startswith(_HIDDEN)
+
+
 def blame(what: str) -> str:
     """A reason with its place."""
     return f"{what} at {place()}"
@@ -125,9 +133,11 @@ class Types:
     used: set[int] = field(default_factory=set)
     uses: list[Use] = field(default_factory=list)
     inexact: list[Inexact] = field(default_factory=list)
+    aligned: list[tuple[Dim, int, str]] = field(default_factory=list)  # a size stays a multiple, and why
     products: list[tuple[Dim, ...]] = field(default_factory=list)  # multiply-accumulates, one product each
     operators: Counter[str] = field(default_factory=Counter)
     unknown: dict[str, str] = field(default_factory=dict)  # operator -> reason
+    marking: bool = False  # inside `one_hot`, which is typed as a whole
     selecting: Value | None = None  # what a tensor used as a single index counts
     untouched: set[str] = field(default_factory=set)  # parameters that a masked twin leaves as they are
     modules: list[str] = field(default_factory=list)  # names of the modules that are running
@@ -188,6 +198,18 @@ class Types:
         """Whether a tensor has a type already."""
         return hasattr(tensor, _NAME) or id(tensor) in self.stored
 
+    def index(self, value: Value | None, dim: Dim, what: str) -> None:
+        """Positions of `dim` are picked by numbers that index `value`, or that are data if it is None."""
+        counted = None if isinstance(value, Columns) or value is None else _counted(value, axes.extent(dim))
+        if counted is not None:
+            self.unify(counted, dim)
+            return
+        # Numbers that index two things of different sizes tie them in a way that has no equation.
+        known = value.dims if isinstance(value, Columns) else (value,) if value is not None else ()
+        for d in known if not self.marking else ():
+            self.freeze(d, f"{what} by its indices, in something of another size")
+        self.freeze(dim, f"{what} by data")
+
     # What rules say ---------------------------------------------------------------------------------
 
     def unify(self, a: Dim, b: Dim) -> bool:
@@ -218,6 +240,11 @@ class Types:
         if all(factors) and axes.frozen_reason(dim) is None:
             self.inexact.append(Inexact(dim, factors, blame(why), self.modules[-1] if self.modules else ""))
 
+    def align(self, dim: Dim, multiple: int, why: str) -> None:
+        """State that the operator wants a size that is a multiple, if it is one now."""
+        if axes.extent(dim) % multiple == 0 and axes.frozen_reason(dim) is None:
+            self.aligned.append((dim, multiple, blame(why)))
+
     def multiply(self, *dims: Dim) -> None:
         """Count one multiply-accumulate for each position of the product of `dims`."""
         self.products.append(dims)
@@ -247,6 +274,18 @@ class Types:
 def everywhere(dims: Iterable[Dim]) -> frozenset[Axis]:
     """All axes of some dimensions: the `live` of a tensor that is nowhere known to be zero."""
     return frozenset(axis for dim in dims for axis in dim)
+
+
+def _counted(value: Dim, size: int) -> Dim | None:
+    """The part of a counted dimension that has `size` positions: all, or all but one that stands for none."""
+    if axes.extent(value) == size:
+        return value
+    atoms = axes.atoms(value)
+    if len(atoms) == 1 and atoms[0].terms is not None:
+        *parts, last = axes.terms_of(atoms[0])
+        if not axes.atoms(last) and sum(map(axes.extent, parts)) == size:
+            return axes.concat(parts)
+    return None
 
 
 def meet(*sets: frozenset[Axis]) -> frozenset[Axis]:

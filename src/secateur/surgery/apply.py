@@ -47,11 +47,14 @@ def carry_out(model: nn.Module, cuts: Cuts, optimizers: Iterable[Optimizer] = ()
     model = unwrap(model)
     new = _new_tensors(model, cuts)
     journal = Journal()
+    held: list[Any] = []  # an undo is registered before what it takes back is done
+    journal.done(lambda: _drop_caches(model))
+    journal.done(lambda: [handle.undo() for handle in reversed(held)])
     try:
         if cuts.swaps:
-            journal.done(swap_modules_(model).undo)
+            held.append(swap_modules_(model))
         if cuts.edits:
-            journal.done(apply_edits([Edit.from_dict(e) for e in cuts.edits]).undo)
+            held.append(apply_edits([Edit.from_dict(e) for e in cuts.edits]))
         slots = _slots(model)
         for name, tensor in stored_tensors(model).items():
             if name in new:
@@ -185,6 +188,8 @@ def _replaced(model: nn.Module, cuts: Cuts, journal: Journal, new: Mapping[str, 
 def _drop_caches(model: nn.Module) -> None:
     """Some models compute tables from their weights once, in evaluation mode, and drop them on `train`."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, training in modes:
-        module.training = training
+    try:
+        model.train()
+    finally:
+        for module, training in modes:
+            module.training = training

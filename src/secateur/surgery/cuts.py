@@ -6,6 +6,7 @@ trace, and without running anything that a file says.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,7 +184,8 @@ def _read(data: Any) -> Cuts:
     cut_axes = {}
     for name, a in data["axes"].items():
         size = _natural(a["size"])
-        kept = tuple(i for low, high in a["kept"] for i in range(_natural(low), _natural(high)))
+        ends = [(_natural(low), min(_natural(high), size + 1)) for low, high in a["kept"]]
+        kept = tuple(i for low, high in ends for i in range(low, high))
         if not kept or list(kept) != sorted(set(kept)) or kept[-1] >= size:
             raise ArtifactError(
                 f"The kept positions of {a['label']} are not sorted, or outside 0 to {size - 1}."
@@ -193,6 +195,9 @@ def _read(data: Any) -> Cuts:
         str(n): (tuple(_natural(k) for k in t["shape"]), tuple(_node(d, cut_axes) for d in t["dims"]))
         for n, t in data["tensors"].items()
     }
+    for name, (shape, nodes) in tensors.items():
+        if tuple(_extent(node, cut_axes) for node in nodes) != shape:
+            raise ArtifactError(f"The dimensions of {name} in the surgery do not have its shape {list(shape)}.")
     attributes = tuple(
         Attribute(
             str(a["module"]),
@@ -232,6 +237,15 @@ def _step(step: Any) -> str | tuple[str, str]:
         attribute, key = step
         return _identifier(attribute), str(key)
     return _identifier(step)
+
+
+def _extent(node: Node, known: Mapping[str, CutAxis]) -> int:
+    if isinstance(node, int):
+        return node
+    if isinstance(node, str):
+        return known[node].size
+    extents = [_extent(part, known) for part in node[1:]]
+    return sum(extents) if node[0] == "+" else math.prod(extents)
 
 
 def _node(node: Any, known: Mapping[str, CutAxis]) -> Node:

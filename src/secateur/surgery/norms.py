@@ -19,8 +19,12 @@ def rescaled_norms(
     epsilons: list[Attribute] = []
     notes: list[str] = []
     for module, form in graph.norms.items():
-        name = f"{module}.{form.weight}" if module else form.weight
-        (dim,) = graph.dims(name)
+        owner = graph.model.get_submodule(module)
+        stored = graph.types.stored.get(id(owner._parameters[form.weight]))
+        if stored is None:  # the model was cut since
+            continue
+        name = stored.name  # several norms may share one weight
+        (dim,) = stored.type.dims
         ratio = math.prod(a.size for a in dim) / size(dim)
         if ratio == 1:
             continue

@@ -9,6 +9,9 @@ from secateur.graph.rules.base import Call, rule
 from secateur.graph.types import Types, everywhere, meet
 
 
+_GROUPED_ALIGNMENT = 16  # bytes between rows, which torch's grouped product insists on
+
+
 def contract(
     types: Types, a: Tensor, b: Tensor, kept_a: list[Dim], inner: tuple[Dim, Dim], kept_b: list[Dim]
 ) -> frozenset[Axis]:
@@ -138,6 +141,9 @@ def _(types: Types, call: Call) -> None:
     if offsets is not None and stack:
         types.unify(stack[0], types.dims(offsets)[0])
     types.multiply(*outer, k, j)
+    bytes_apart = _GROUPED_ALIGNMENT // b.element_size()
+    for dim in (k, j):
+        types.align(dim, bytes_apart, f"a grouped matrix product wants multiples of {bytes_apart}")
     types.put(call.out, [*outer, j], live=live)
 
 

@@ -15,11 +15,7 @@ from secateur.graph.types import Columns, Types, everywhere
 
 def look_up(types: Types, index: Tensor, dim: Dim, what: str) -> None:
     """The positions of `dim` are picked by the numbers in `index`."""
-    value = types.of(index).value
-    if value is not None and not isinstance(value, Columns) and axes.extent(value) == axes.extent(dim):
-        types.unify(value, dim)
-    else:
-        types.freeze(dim, f"{what} by data")
+    types.index(types.of(index).value, dim, what)
 
 
 @rule("embedding")

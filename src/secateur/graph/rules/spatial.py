@@ -104,6 +104,8 @@ def _(types: Types, call: Call) -> None:
     source, dims = call["self"], types.dims(call["self"])
     if dims:
         at = dims[positive(call["dim"], len(dims))]
+        if call.out.is_floating_point():  # of counts it says where something starts, and follows their order
+            types.freeze(at, "a running sum over it")
         types.note(at, "running sum")
         types.summed(at, types.of(source).live)
         # The sum so far is not zero at a removed position, but nothing was added there.

@@ -125,10 +125,9 @@ def _(types: Types, call: Call) -> None:
 
 def _pin(types: Types, dim: Dim, index: int) -> None:
     """One position is used by its number: it must stay where it is."""
-    if types.selecting is not None and not isinstance(types.selecting, Columns):
-        if axes.extent(types.selecting) == axes.extent(dim):
-            types.unify(types.selecting, dim)
-            return
+    if types.selecting is not None:
+        types.index(types.selecting, dim, "one position is picked")
+        return
     size = axes.extent(dim)
     if size > 1 and index in (0, -1, size - 1):
         types.cut(dim, 1 if index == 0 else size - 1)  # the first or last is pinned, the others stay free
