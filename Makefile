@@ -50,4 +50,5 @@ $(BIN)/pip:
 	@$(BIN)/python -c '$(CHECK_PYTHON)'
 	@echo "Installing secateur[$(EXTRAS)] into .venv: minutes the first time, most of it torch."
 	$(PIP) install --editable '.[$(EXTRAS)]' --constraint constraints.txt
+	@if [ "$(EXTRAS)" = dev ]; then $(PIP) install --no-deps --target .venv/zoo --upgrade -r benchmarks/zoo/requirements.txt; fi
 	@touch $@

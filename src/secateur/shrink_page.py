@@ -85,7 +85,7 @@ def _repair_section(report: ShrinkReport) -> Section:
 
 def _proof_section(report: ShrinkReport) -> Section:
     if report.check is None:
-        text = "Some removals are not exact, so there is no dense model with zeros to compare with."
+        text = f"Not compared with the dense model with the same units at zero: {report.unproved}."
     else:
         text = f"Against the dense model with the same units at zero, on the example input: {report.check}."
     return Section("Proof", text)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -55,7 +56,9 @@ class ShrinkReport:
         after: costs of what is left, measured anew.
         asked: what the budget allows, in its unit.
         got: what came out.
-        check: output against the dense model with the same units at zero; None where removal is not exact.
+        check: output against the dense model with the same units at zero, of the worst step; None if a step
+            could not be compared.
+        unproved: why it could not.
         repairs: of each step.
         notes: what a reader must know.
         seconds: of the whole call.
@@ -70,6 +73,7 @@ class ShrinkReport:
     asked: float
     got: float
     check: Check | None
+    unproved: str | None
     repairs: tuple[RepairReport, ...]
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
@@ -96,6 +100,7 @@ class ShrinkReport:
             "asked": self.asked,
             "got": self.got,
             "check": asdict(self.check) if self.check else None,
+            "unproved": self.unproved,
             "repairs": [r.to_dict() for r in self.repairs],
             "notes": list(self.notes),
             "seconds": dict(self.seconds),
@@ -112,11 +117,13 @@ class ShrinkReport:
         lines = [how]
         if self.check is not None:
             lines.append(f"Against the dense model with the same units at zero: {self.check}.")
+        if self.unproved is not None:
+            lines.append(f"Not compared with the dense model: {self.unproved}.")
         lines += [
             f"Frozen, {share:.1%} of the parameters: {reason}." for reason, share in self.frozen[:_FROZEN]
         ]
         lines += self.notes
-        texts = (Text(f"  {line}", style="dim") for line in lines)
+        texts = (Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False) for line in lines)
         return Group(_group_table(self), _cost_table(self), *texts)
 
     def __str__(self) -> str:

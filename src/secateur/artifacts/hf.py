@@ -6,29 +6,31 @@ nothing else that lies there (pickles, adapters, code) can have an influence.
 
 from __future__ import annotations
 
-import copy
-import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from secateur.artifacts.hf_config import misfit, same_config
+from secateur.artifacts.hf_cut import write_cut
 from secateur.artifacts.hf_folder import (
     CONFIG,
-    GENERATION,
     architecture,
-    import_transformers,
+    quiet,
     read_config,
+    read_generation_config,
     read_weights,
+    widest,
+    without_kernels,
 )
-from secateur.artifacts.manifest import DTYPES, read_json
-from secateur.artifacts.tensors import first_line, listed, refuse_unsavable, ties
+from secateur.artifacts.manifest import DTYPES
+from secateur.artifacts.steps import Step
+from secateur.artifacts.tensors import first_line, listed, refuse_unsavable
 from secateur.core.errors import ArtifactError
+from secateur.surgery import Cuts
 
 # Tasks as transformers' pipelines name them, and the table of the classes that do each.
 _TASKS = {
@@ -52,8 +54,11 @@ def is_pretrained(model: nn.Module) -> bool:
     )
 
 
-def write_pretrained(model: Any, folder: Path) -> None:
-    """`save_pretrained` into `folder`, provided that the configuration gives such a model again."""
+def write_pretrained(model: Any, folder: Path, steps: Sequence[Step] = ()) -> None:
+    """`save_pretrained` into `folder` if the configuration gives such a model again, else `write_cut`.
+
+    Raises `ArtifactError` if neither the configuration nor the steps lead to the model.
+    """
     name = type(model).__name__
     if getattr(model, "hf_quantizer", None) is not None:
         raise ArtifactError(
@@ -62,8 +67,16 @@ def write_pretrained(model: Any, folder: Path) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ArtifactError(f"{name} has adapters, of which only they would be saved: merge them first.")
     refuse_unsavable(model)
-    with _quiet(), _same_config(model.config):
-        _refuse_other_config(model)
+    wrong = misfit(model)
+    if steps and (wrong or not all(s.expressed if isinstance(s, Cuts) else s.config_ok for s in steps)):
+        write_cut(model, steps, float_dtypes(model), folder)
+        return
+    if wrong:
+        raise ArtifactError(
+            f"{wrong}, so no config.json can express the model: pass report= or surgery= of its structured "
+            "pruning, correct model.config, or save its state dict yourself."
+        )
+    with quiet(), same_config(model.config):
         try:
             model.save_pretrained(folder)
         except OSError:  # a full disk and the like say themselves what is wrong
@@ -99,17 +112,17 @@ def open_pretrained(
     cls = architecture(folder, config, given)
     tensors = read_weights(folder)
     mapped = {t.untyped_storage().data_ptr() for t in tensors.values()}
-    with _quiet():
+    with quiet():
         try:
             model, info = cls.from_pretrained(
                 None,
-                config=cls.config_class.from_dict(_without_kernels(config)),
+                config=cls.config_class.from_dict(without_kernels(config)),
                 state_dict=tensors,
-                torch_dtype=_widest(dtypes or {}),
+                torch_dtype=widest(dtypes or {}),
                 ignore_mismatched_sizes=True,  # _refuse_incomplete says better what is wrong
                 output_loading_info=True,
             )
-            _read_generation_config(model, folder)
+            read_generation_config(model, folder)
         except ArtifactError:
             raise
         except Exception as error:  # a configuration can be wrong in as many ways as there are architectures
@@ -139,80 +152,6 @@ def warn_unused(names: list[str], folder: Path, model: nn.Module) -> None:
     if names:
         message = f"{type(model).__name__} does not use {listed(names)} in {folder}: left out."
         warnings.warn(message, stacklevel=4)  # the caller of load or load_hf
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and messages: what matters is raised."""
-    import_transformers()
-    from transformers.utils import logging as theirs
-
-    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(verbosity)
-        if bars:
-            theirs.enable_progress_bar()
-
-
-@contextmanager
-def _same_config(config: Any) -> Iterator[None]:
-    """Put back what `save_pretrained` writes into a configuration: dtype and architectures."""
-    kept = dict(vars(config))
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(kept)
-
-
-def _refuse_other_config(model: Any) -> None:
-    """Raise unless the configuration gives a model of these names, shapes and ties. Costs no memory."""
-    cls = type(model)
-    if getattr(import_transformers(), cls.__name__, None) is not cls:
-        return  # a class of the user's, whose constructor may need more than a configuration
-    with torch.device("meta"):
-        fresh = cls(copy.deepcopy(model.config))
-    ours, theirs = ({n: tuple(t.shape) for n, t in m.state_dict().items()} for m in (model, fresh))
-    advice = "so no config.json can express the model: correct model.config, or save its state dict yourself"
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            here, there = ours.get(name, "missing"), theirs.get(name, "missing")
-            raise ArtifactError(f"{name} is {here} in the model but {there} by its configuration, {advice}.")
-    odd = {frozenset(group) for group in ties(model)} ^ {frozenset(group) for group in ties(fresh)}
-    if odd:
-        group = listed(min(odd, key=sorted))
-        raise ArtifactError(f"{group} are tied in the model or by its configuration but not both, {advice}.")
-
-
-def _without_kernels(value: Any) -> Any:
-    """A configuration without its choice of kernels, which could name code on the Hub to fetch and run."""
-    if isinstance(value, dict):
-        kernels = ("attn_implementation", "experts_implementation")
-        return {k: _without_kernels(v) for k, v in value.items() if not any(word in k for word in kernels)}
-    return [_without_kernels(v) for v in value] if isinstance(value, list) else value
-
-
-def _widest(dtypes: Mapping[str, str]) -> torch.dtype | str:
-    """The type that holds the values of all, so that what is narrower can be restored exactly."""
-    widest: torch.dtype | None = None
-    for name in dtypes.values():
-        widest = DTYPES[name] if widest is None else torch.promote_types(widest, DTYPES[name])
-    return widest or "auto"
-
-
-def _read_generation_config(model: Any, folder: Path) -> None:
-    if not model.can_generate():
-        return
-    read = import_transformers().GenerationConfig.from_pretrained
-    if (folder / GENERATION).is_file():
-        read_json(folder / GENERATION)  # says which file is wrong
-        model.generation_config = read(folder, local_files_only=True)
-    else:  # older folders keep these settings in config.json
-        model.generation_config = read(folder, CONFIG, _from_model_config=True, local_files_only=True)
 
 
 def _refuse_incomplete(info: Mapping[str, Any], folder: Path, name: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from secateur.artifacts.manifest import WEIGHTS, is_plain_name, read_json
+from secateur.artifacts.manifest import DTYPES, WEIGHTS, is_plain_name, read_json
 from secateur.artifacts.tensors import first_line, listed, read_tensors
 from secateur.core.errors import ArtifactError
 
@@ -106,3 +110,48 @@ def _shards(index: Path) -> list[str]:
         if not (index.parent / name).is_file():
             raise ArtifactError(f"{index.parent / name} is missing: {index.name} lists it, so copy it again.")
     return names
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and messages: what matters is raised."""
+    import_transformers()
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def without_kernels(value: Any) -> Any:
+    """A configuration without its choice of kernels, which could name code on the Hub to fetch and run."""
+    if isinstance(value, dict):
+        kernels = ("attn_implementation", "experts_implementation")
+        return {k: without_kernels(v) for k, v in value.items() if not any(word in k for word in kernels)}
+    return [without_kernels(v) for v in value] if isinstance(value, list) else value
+
+
+def widest(dtypes: Mapping[str, str]) -> torch.dtype | str:
+    """The type that holds the values of all, so that what is narrower can be restored exactly."""
+    found: torch.dtype | None = None
+    for name in dtypes.values():
+        found = DTYPES[name] if found is None else torch.promote_types(found, DTYPES[name])
+    return found or "auto"
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model that generates the settings in a folder."""
+    if not model.can_generate():
+        return
+    read = import_transformers().GenerationConfig.from_pretrained
+    if (folder / GENERATION).is_file():
+        read_json(folder / GENERATION)  # says which file is wrong
+        model.generation_config = read(folder, local_files_only=True)
+    else:  # older folders keep these settings in config.json
+        model.generation_config = read(folder, CONFIG, _from_model_config=True, local_files_only=True)

@@ -8,8 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from secateur.artifacts.hf import is_pretrained, open_pretrained, task_of, warn_unused
+from secateur.artifacts.hf_cut import open_cut
 from secateur.artifacts.hf_folder import CONFIG, GENERATION, weight_files
-from secateur.artifacts.manifest import MASKS, NAME, WEIGHTS, Manifest
+from secateur.artifacts.manifest import MASKS, NAME, PRUNED, SURGERY, WEIGHTS, Manifest
+from secateur.artifacts.steps import read_steps, replay_
 from secateur.artifacts.tensors import fill_, listed, read_tensors, refuse_other_ties, ties, untie
 from secateur.core.errors import ArtifactError
 from secateur.core.names import unwrap
@@ -23,11 +25,18 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     are zero; the masks themselves are `Masks.load(folder / "masks.safetensors")`. A folder of a Hugging
     Face model that Secateur did not write is loaded too, without those checks.
 
+    Where structured pruning left what no configuration describes, its surgery is done again: to `model`, or
+    to a Hugging Face model that is built without its dense weights, so that loading takes the memory of
+    the small one. Code that the surgery edited must be of the same version.
+
     Args:
         folder: what `save` was given.
         model: a fresh model to load into, in place, in the mode and on the devices that it is. Needed unless
             the folder holds a model of a class in transformers, which is otherwise built, on the CPU and in
-            evaluation mode. Parameters stay the same objects and take the saved dtypes.
+            evaluation mode. Parameters stay the same objects and take the saved dtypes. If the folder holds a
+            surgery it is the dense model, as it was before; what is cut becomes new parameters. A model that
+            was cut already is refused, since its numbers may be other ones. Only of a Hugging Face
+            model whose configuration describes what is left it is the small one.
 
     Returns:
         `model`, or the one that was built.
@@ -50,15 +59,13 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     manifest = Manifest.read(folder)
     manifest.verify(folder)
     masks = Masks.load(folder / MASKS) if MASKS in manifest.files else None
-    if manifest.kind == "module":
-        if model is None:
-            raise ArtifactError(
-                f"{folder} holds the tensors of a {manifest.class_name}, not its code: build the model "
-                "and give it, load(folder, model)."
-            )
-        _refuse_unlisted(folder, [WEIGHTS], manifest)
-        tensors = untie(read_tensors(folder / WEIGHTS), manifest.tied, folder / WEIGHTS)
-        fill_(unwrap(model), tensors, manifest.tied, masks, folder)
+    if manifest.kind == "module" and model is None:
+        raise ArtifactError(
+            f"{folder} holds the tensors of a {manifest.class_name}, not its code: build the model "
+            "and give it, load(folder, model)."
+        )
+    if model is not None and (manifest.kind == "module" or PRUNED in manifest.files):
+        _fill_saved(unwrap(model), manifest, masks, folder)
         return model
     loaded = _open_saved(folder, model, manifest)
     if model is not None:
@@ -95,9 +102,26 @@ def _open_plain(folder: Path, model: nn.Module | None) -> nn.Module:
     return built
 
 
+def _fill_saved(model: nn.Module, manifest: Manifest, masks: Masks | None, folder: Path) -> None:
+    """Do the surgery, if there is one, to the given model, and fill it; on an error it is as it was."""
+    name = PRUNED if PRUNED in manifest.files else WEIGHTS
+    _refuse_unlisted(folder, [name, SURGERY] if name == PRUNED else [name], manifest)
+    tensors = untie(read_tensors(folder / name), manifest.tied, folder / name)
+    undo = replay_(model, read_steps(folder / SURGERY) if SURGERY in manifest.files else (), folder)
+    try:
+        fill_(model, tensors, manifest.tied, masks, folder)
+    except BaseException:
+        undo()
+        raise
+
+
 def _open_saved(folder: Path, model: nn.Module | None, manifest: Manifest) -> nn.Module:
-    names = [CONFIG, *weight_files(folder)]
+    is_cut = PRUNED in manifest.files
+    names = [CONFIG, PRUNED, SURGERY] if is_cut else [CONFIG, *weight_files(folder)]
     _refuse_unlisted(folder, [*names, GENERATION] if (folder / GENERATION).exists() else names, manifest)
+    if is_cut:
+        cut: nn.Module = open_cut(folder, manifest)
+        return cut
     loaded, unused = open_pretrained(folder, _class(model), manifest.dtypes)
     if unused:
         raise ArtifactError(f"{folder} holds {listed(unused)}, which {type(loaded).__name__} does not have.")

@@ -18,6 +18,8 @@ from secateur.record import versions
 NAME = "secateur.json"
 MASKS = "masks.safetensors"
 WEIGHTS = "model.safetensors"
+PRUNED = "pruned.safetensors"
+SURGERY = "surgery.json"
 FORMAT = 1
 _LARGEST_JSON = 64 * 2**20  # bytes; ours are some kilobytes, an index of a very large model some megabytes
 _CHUNK = 2**20

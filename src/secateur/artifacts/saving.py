@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from torch import nn
 
 from secateur.artifacts.folder import written_at_once
 from secateur.artifacts.hf import float_dtypes, is_pretrained, write_pretrained
-from secateur.artifacts.manifest import MASKS, WEIGHTS, Manifest, fingerprints, is_plain_name
+from secateur.artifacts.manifest import MASKS, SURGERY, WEIGHTS, Manifest, fingerprints, is_plain_name
+from secateur.artifacts.steps import Surgery, as_steps, refuse_other_surgery, write_steps
 from secateur.artifacts.tensors import refuse_unsavable, ties, write_tensors
 from secateur.core.errors import ArtifactError
+from secateur.core.files import write_text
 from secateur.core.names import unwrap
 from secateur.masks import Masks
 from secateur.record import Report
+from secateur.shrunk import ShrinkReport
 
 _REPORT = "report.json"
 # What a tokenizer or a preprocessor is made of. Never code: the patterns name data files only.
@@ -40,43 +44,59 @@ def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    report: Report | None = None,
+    report: Report | ShrinkReport | None = None,
     masks: Masks | None = None,
+    surgery: Surgery | None = None,
     source: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a model, with its masks and report, into a folder for `load`; wholly or not at all.
+    """Write a model, with its masks, surgery and report, into a folder for `load`; wholly or not at all.
 
-    A Hugging Face model is written by its own `save_pretrained`, so that plain `from_pretrained` loads the
-    folder; of any other module the tensors of the state dict are written, tied ones once. The folder holds
+    A Hugging Face model that its configuration describes is written by its own `save_pretrained`, so that
+    plain `from_pretrained` loads the folder; structured pruning that makes all layers equally smaller leaves
+    such a model. Of any other module the tensors of the state dict are written, tied ones once. The folder
+    holds
 
         model.safetensors     or shards, and for a Hugging Face model config.json and generation_config.json
         masks.safetensors     one bit a weight, if there are masks
+        surgery.json          what structured pruning cut and dropped, in order, if it did
         report.json           if there is a report
         secateur.json         written last: kind, ties, settings, size and SHA-256 of every file
+
+    A Hugging Face model whose configuration cannot describe what structured pruning left (layers of
+    different widths, fewer heads than the width says) is for `load` alone: `config.json` is that of the
+    dense model, and the tensors are in `pruned.safetensors`, where `from_pretrained` does not find them. It
+    raises an error, instead of making up the weights that are gone.
 
     Args:
         model: any module; wrappers of `torch.compile` and data parallelism are looked through.
         folder: made if it does not exist. An earlier artifact in it is replaced, other files are left alone.
         report: of the pruning.
         masks: of the model; those of the report if None.
+        surgery: `Cuts`, as in `plan.cuts` and `report.cuts`, and the `DropRecord` of dropped blocks, all that
+            were carried out, in order; or the folder of an earlier `save` that holds them. That of the report
+            if None.
         source: the folder that the model came from: its tokenizer and preprocessor files are copied.
 
     Raises:
         ArtifactError: the folder holds something that is not an artifact; the model's state is not made of
-            dense tensors; its configuration does not describe it.
+            dense tensors; neither its configuration nor the surgery describes it.
         MaskError: the masks do not fit the model, or a weight that they remove is not zero.
     """
     model = unwrap(model)
     folder = Path(folder)
-    if masks is None and report is not None:
+    if masks is None and isinstance(report, Report):
         masks = report.masks
     if masks is not None:
         masks.check(model)
+    if surgery is None:
+        surgery = report.cuts if isinstance(report, ShrinkReport) else ()
+    steps = as_steps(surgery)
+    refuse_other_surgery(model, steps)
     companions = list(_companions(Path(source))) if source is not None else []
     pretrained = is_pretrained(model)
     with written_at_once(folder) as new:
         if pretrained:
-            write_pretrained(model, new)
+            write_pretrained(model, new, steps)
         else:
             refuse_unsavable(model)
             write_tensors(model, new / WEIGHTS)
@@ -84,8 +104,12 @@ def save(
             shutil.copyfile(path, new / path.name)
         if masks is not None:
             masks.save(new / MASKS)
+        if steps:
+            write_steps(steps, new / SURGERY)
         if report is not None:
-            report.save(new / _REPORT)
+            # The surgery has its own file.
+            data = {k: v for k, v in report.to_dict().items() if k != "surgery"}
+            write_text(new / _REPORT, json.dumps(data, indent=1) + "\n")
         Manifest(
             "hf" if pretrained else "module",
             f"{type(model).__module__}.{type(model).__qualname__}",

@@ -85,7 +85,10 @@ def fill_(
     """
     live: dict[str, Tensor] = model.state_dict(keep_vars=True)
     kind = type(model).__name__
-    _refuse_misfit(live, tensors, origin, kind)
+    for name, t in live.items():
+        if nn.parameter.is_lazy(t) or t.is_meta:
+            raise ArtifactError(f"{name} of the given {kind} is lazy or meta: build it with values first.")
+    refuse_misfit(live, tensors, origin, kind)
     with _unchanged_on_error(live):
         for name, t in live.items():
             if t.dtype != tensors[name].dtype:
@@ -102,6 +105,28 @@ def fill_(
         refuse_other_ties(model, tied, origin)
         if masks is not None:
             masks.check(model)
+
+
+def refuse_misfit(
+    live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: Path, model: str
+) -> None:
+    """Raise `ArtifactError` unless names, shapes and kinds of numbers are the same."""
+    missing, unexpected = live.keys() - tensors.keys(), tensors.keys() - live.keys()
+    problems = []
+    if missing:
+        problems.append(f"it lacks {listed(missing)}, which {model} has")
+    if unexpected:
+        problems.append(f"it holds {listed(unexpected)}, which {model} lacks")
+    for name in live.keys() & tensors.keys():
+        ours, theirs = live[name], tensors[name]
+        if ours.shape != theirs.shape:
+            problems.append(f"{name} is {tuple(theirs.shape)} in it and {tuple(ours.shape)} in {model}")
+        elif _number_kind(ours) != _number_kind(theirs):
+            problems.append(f"{name} is {theirs.dtype} in it and {ours.dtype} in {model}")
+    if problems:
+        shown = problems[: _SHOWN + 2]
+        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise ArtifactError(f"{origin} does not fit the given model: {'; '.join(shown)}{more}.")
 
 
 def refuse_other_ties(model: nn.Module, tied: Ties, origin: Path) -> None:
@@ -127,29 +152,6 @@ def first_line(error: BaseException) -> str:
     """The first line of an error, as the end of a sentence."""
     lines = str(error).strip().splitlines()
     return f"{lines[0] if lines else type(error).__name__}".rstrip(".") + "."
-
-
-def _refuse_misfit(
-    live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: Path, model: str
-) -> None:
-    missing, unexpected = live.keys() - tensors.keys(), tensors.keys() - live.keys()
-    problems = []
-    if missing:
-        problems.append(f"it lacks {listed(missing)}, which {model} has")
-    if unexpected:
-        problems.append(f"it holds {listed(unexpected)}, which {model} lacks")
-    for name in live.keys() & tensors.keys():
-        ours, theirs = live[name], tensors[name]
-        if nn.parameter.is_lazy(ours) or ours.is_meta:
-            raise ArtifactError(f"{name} of the given {model} is lazy or meta: build it with values first.")
-        if ours.shape != theirs.shape:
-            problems.append(f"{name} is {tuple(theirs.shape)} in it and {tuple(ours.shape)} in {model}")
-        elif _number_kind(ours) != _number_kind(theirs):
-            problems.append(f"{name} is {theirs.dtype} in it and {ours.dtype} in {model}")
-    if problems:
-        shown = problems[: _SHOWN + 2]
-        more = f"; and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise ArtifactError(f"{origin} does not fit the given model: {'; '.join(shown)}{more}.")
 
 
 def _number_kind(t: Tensor) -> tuple[bool, bool]:

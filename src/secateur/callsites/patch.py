@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from types import CodeType, FunctionType, ModuleType
@@ -126,6 +126,19 @@ class _Table:
 
 
 _TABLES: dict[tuple[str, str, str], _Table] = {}
+
+
+def in_force(modules: Container[str]) -> tuple[Edit, ...]:
+    """Edits in force in functions that these modules define.
+
+    A model traced now runs with them, so a surgery on it needs them in other processes too.
+    """
+    return tuple(
+        edit
+        for table in _TABLES.values()
+        for edit, n in table.claims.items()
+        if n > 0 and edit.module in modules
+    )
 
 
 def made_here(code: CodeType) -> bool:

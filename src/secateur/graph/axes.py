@@ -52,7 +52,7 @@ def resolve(axis: Axis) -> Axis:
     while root.link is not None:
         root = root.link
     while axis is not root:
-        axis.link, axis = root, axis.link  # type: ignore[assignment]
+        axis.link, axis = root, axis.link
     return root
 
 
@@ -259,9 +259,9 @@ def cut(dim: Dim, at: int, blame: Blame) -> tuple[Dim, Dim]:
 
 def _cut_atom(axis: Axis, at: int, blame: Blame) -> tuple[Dim, Dim]:
     if axis.terms is None:
-        head, tail = Axis(at, axis.frozen), Axis(axis.size - at, axis.frozen)
-        axis.terms = ((head,), (tail,))
-        return (head,), (tail,)
+        ends: tuple[Dim, Dim] = (Axis(at, axis.frozen),), (Axis(axis.size - at, axis.frozen),)
+        axis.terms = ends
+        return ends
     parts = terms_of(axis)
     done = 0
     for i, part in enumerate(parts):
@@ -322,7 +322,7 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int], blame: Blame) -> list[Dim
 
 
 def _take(factors: list[Axis], need: int, blame: Blame, from_right: bool) -> Dim | None:
-    """Remove factors of product `need` from one end of `factors`; None, leaving them, if they do not divide."""
+    """Remove factors of product `need` from one end of `factors`; None if they do not divide: they stay."""
     taken: list[Axis] = []
     rest = list(factors)
     while need > 1:
@@ -330,7 +330,7 @@ def _take(factors: list[Axis], need: int, blame: Blame, from_right: bool) -> Dim
             return None
         axis = rest[-1 if from_right else 0]
         if need % axis.size == 0:
-            piece, remains = [axis], []
+            piece, remains = [axis], list[Axis]()
         elif axis.size % need == 0:
             # The axis holds a border of the view: refine it there.
             low = Axis(need if from_right else axis.size // need)
@@ -338,9 +338,7 @@ def _take(factors: list[Axis], need: int, blame: Blame, from_right: bool) -> Dim
             if outer is None:
                 factors[:] = atoms(factors)
                 return None
-            piece, remains = (
-                (atoms((low,)), atoms(outer)) if from_right else (atoms(outer), atoms((low,)))
-            )
+            piece, remains = (atoms((low,)), atoms(outer)) if from_right else (atoms(outer), atoms((low,)))
         else:
             factors[:] = atoms(factors)
             return None

@@ -214,7 +214,7 @@ class Graph:
     def dot(self, kind: str | None = None) -> str:
         """A picture of the groups and the tensors that they tie together, as text for Graphviz.
 
-        `dot -Tsvg` draws it. All groups of parameters are shown, frozen ones dashed, or one kind of free ones.
+        `dot -Tsvg` draws it. All groups of parameters are shown, frozen ones dashed, or one free kind.
         """
         return draw.dot(self.all_groups if kind is None else self.groups(kind), self.prunable_share())
 
@@ -281,7 +281,9 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
             + (f" and {len(unmet) - 5} more." if len(unmet) > 5 else ".")
         )
     ledger = traced.ledger
-    constraints = Constraints(traced.ties, ledger.guards.values(), ledger.numbers, ledger.values, types.aligned)
+    constraints = Constraints(
+        traced.ties, ledger.guards.values(), ledger.numbers, ledger.values, types.aligned
+    )
     norms = _rms_norms(model, types)
     found = groups.find_groups(types, norms)
     steps = _feasible(found, constraints)

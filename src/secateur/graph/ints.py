@@ -155,7 +155,11 @@ def watched(ledger: Ledger) -> Iterator[None]:
                     ledger.used_as_number(a.expr, f"in {name}")
             return function(*args)
 
-        return _Told(name, (), {"of": function, "call": staticmethod(told)}) if isinstance(function, type) else told
+        return (
+            _Told(name, (), {"of": function, "call": staticmethod(told)})
+            if isinstance(function, type)
+            else told
+        )
 
     try:
         for module, name, function in saved:
@@ -218,7 +222,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(TracedInt, f"__r{_name}__", _arithmetic(f"__r{_name}__"))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(TracedInt, f"__{_name}__", _comparison(f"__{_name}__"))
-TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+TracedInt.__hash__ = int.__hash__  # type: ignore[assignment,method-assign]
 
 
 def evaluate(expr: Expr, size: Callable[[Dim], int], attr: Callable[[Attr], int]) -> int | None:

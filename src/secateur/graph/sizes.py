@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +18,7 @@ from secateur.graph.rules import RULES, Call
 from secateur.graph.types import Columns, Place, Types, blame, place
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = torch.Tensor.device.__get__
 _VIEWS = ("view", "reshape")
 
 
@@ -86,8 +85,6 @@ class SizeMode(TorchFunctionMode):
             return self._typed(whole, tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
         self.types.selecting = self._selected(name, args)
         self.types.marking = name == "one_hot"
-        if name == "one_hot" and _has_no_values(args[0]):
-            func = self._one_hot
         try:
             out = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
         finally:
@@ -160,10 +157,6 @@ class SizeMode(TorchFunctionMode):
                 self.ties.append(Tie(dim, int(size), place(), argument))
             else:
                 axes.freeze(dim, blame(f"the number {int(size)} stands in the code"))
-
-
-def _has_no_values(tensor: Any) -> bool:
-    return isinstance(tensor, FakeTensor) or (isinstance(tensor, Tensor) and tensor.is_meta)
 
 
 @dataclass(frozen=True)

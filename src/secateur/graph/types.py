@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import jaxtyping
@@ -83,11 +83,16 @@ def place() -> Place:
 
 
 def called_from_outside() -> bool:
-    """Whether the caller of the present function's caller is neither torch nor this package."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_CHECKS):
-        frame = frame.f_back  # what checks annotations stands between them
-    return not frame.f_code.co_filename.startswith(_HIDDEN)
+    """Whether the caller of the function that asks is neither torch nor this package."""
+
+    def unchecked(frame: FrameType) -> FrameType:
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_CHECKS):
+            frame = frame.f_back  # what checks annotations stands between
+        return frame
+
+    asking = unchecked(sys._getframe(1))
+    caller = unchecked(asking.f_back) if asking.f_back is not None else asking
+    return not caller.f_code.co_filename.startswith(_HIDDEN)
 
 
 def blame(what: str) -> str:
@@ -177,7 +182,9 @@ class Types:
         """Give an operator's output its type; `TypingError` if it does not have these sizes."""
         if not isinstance(tensor, Tensor) or id(tensor) in self.stored:
             return
-        if len(dims) != tensor.dim() or any(axes.extent(d) != n for d, n in zip(dims, tensor.shape, strict=True)):
+        if len(dims) != tensor.dim() or any(
+            axes.extent(d) != n for d, n in zip(dims, tensor.shape, strict=True)
+        ):
             got = [axes.extent(d) for d in dims]
             raise TypingError(f"typed {got} where the operator gave {list(tensor.shape)}")
         self._attach(tensor, Type([tuple(d) for d in dims], live, value, root))
@@ -231,7 +238,7 @@ class Types:
             self.uses.append(Use(dim, role, root))
 
     def changes(self, dim: Dim, why: str, live: frozenset[Axis] = NONE) -> None:
-        """State that removing positions of `dim` is not the same as zeroing them in a tensor live at `live`."""
+        """State that removing positions of `dim` is not zeroing them, in a tensor live at `live`."""
         if axes.frozen_reason(dim) is None:
             self.inexact.append(Inexact(dim, (), blame(why), self.modules[-1] if self.modules else "", live))
 
@@ -255,7 +262,9 @@ class Types:
         found = [self.dims(t) for t in tensors]
         for i, size in enumerate(shape):
             at = i - len(shape)
-            here = [d[at] for d, t in zip(found, tensors, strict=True) if len(d) >= -at and t.shape[at] == size]
+            here = [
+                d[at] for d, t in zip(found, tensors, strict=True) if len(d) >= -at and t.shape[at] == size
+            ]
             if size == 1 or not here:
                 out.append(axes.fresh(size))
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from secateur.core.errors import BudgetError, SelectionError, SparsityError
 
 # Kinds whose unit is a block of channels; aligning their number aligns nothing.
-BLOCKS = frozenset({"heads", "kv_groups", "queries", "experts"})
+BLOCKS = frozenset({"heads", "kv_groups", "queries", "repeats", "groups", "experts"})
 
 
 @runtime_checkable
@@ -71,6 +72,23 @@ class Constraint:
                 f"The fixed sparsity {self.sparsity} is above maximum_sparsity={self.maximum_sparsity}."
             )
 
+    def later(self, dense: int, size: int) -> Constraint:
+        """The same constraint for a group of `dense` units of which `size` are left.
+
+        Sparsities count from the dense group. In pruning by steps they would otherwise compound: half, and
+        half of that.
+
+        >>> Constraint(sparsity=0.5, maximum_sparsity=0.6).later(dense=10, size=8)
+        Constraint(multiple_of=1, minimum=4, maximum_sparsity=1.0, sparsity=0.375)
+        """
+        sparsity = None if self.sparsity is None else max(0.0, 1 - (1 - self.sparsity) * dense / size)
+        return Constraint(self.multiple_of, self.least(dense), sparsity=sparsity)
+
+    def least(self, size: int) -> int:
+        """Units of a group of `size` that stay whatever the budget."""
+        # The fraction that may go is rounded down, but for the error of the product.
+        return max(self.minimum, size - math.floor(self.maximum_sparsity * size + 1e-9))
+
 
 def constraints(
     groups: Iterable[G],
@@ -84,7 +102,7 @@ def constraints(
 
     A mapping's keys are glob patterns over the names of groups, or kinds; the first that matches decides, and
     a group that none matches keeps the default. A number stands for all groups; as `multiple_of`, for all but
-    heads, kv_groups, queries and experts, whose units are blocks of channels already.
+    heads, kv_groups, queries, repeats, groups and experts, whose units are blocks of channels already.
 
     Raises `SelectionError` if a key matches no group.
     """

@@ -134,12 +134,8 @@ def _levels(
     share = torch.arange(parts, 0, -1)
     counts = share[:, None] * (sizes // parts)
     multiple = torch.tensor([c.multiple_of for c in given])
-    # The fraction that may go is rounded down, but for the error of the product.
-    least = [
-        max(c.minimum, n - math.floor(c.maximum_sparsity * n + 1e-9))
-        for c, n in zip(given, sizes.tolist(), strict=True)
-    ]
-    fits = ((counts % multiple == 0) | (counts == sizes)) & (counts >= torch.tensor(least))
+    least = torch.tensor([c.least(group.size) for c, group in zip(given, groups, strict=True)])
+    fits = (counts % multiple == 0) & (counts >= least)
     fits[0] = True  # whole, whatever the constraints
     allowed = fits.all(1)
     share, counts = share[allowed], counts[allowed]
@@ -152,9 +148,8 @@ def _levels(
     if fixed:
         (sparsity,) = fixed
         off = (share.double() - (1 - sparsity) * parts).abs()
-        at = int(
-            (off <= off.min() + 1e-9).nonzero()[-1]
-        )  # of two as near the smaller count, as `count` rounds
+        nearest = off <= off.min() + 1e-9
+        at = int(nearest.nonzero()[-1])  # of two the smaller count, as `count` rounds
         got = 1 - share[at].item() / parts
         near = "" if abs(got - sparsity) < 1e-9 else f", the allowed value nearest to {sparsity:g}"
         return counts[at : at + 1], f"{name}: sparsity fixed at {got:.4g}{near}."

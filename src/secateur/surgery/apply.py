@@ -82,8 +82,8 @@ def _new_tensors(model: nn.Module, cuts: Cuts) -> dict[str, Tensor]:
             raise SurgeryError(f"The model has no {name}, which the surgery cuts: it is for another model.")
         if tuple(stored[name].shape) != shape:
             raise SurgeryError(
-                f"{name} has shape {list(stored[name].shape)}, but the surgery is for {list(shape)}: the model was "
-                "cut before, or is another."
+                f"{name} has shape {list(stored[name].shape)}, but the surgery is for {list(shape)}: the "
+                "model was cut before, or is another."
             )
         new[name] = _as_stored(cut_tensor(stored[name].detach(), name, cuts), stored[name])
     for name, (factor, offset) in cuts.scales.items():
@@ -118,7 +118,7 @@ def _slots(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
         for owner in (module._parameters, module._buffers, vars(module)):
             for key, value in owner.items():
                 if isinstance(value, Tensor):
-                    slots.setdefault(id(value), []).append((owner, key))  # type: ignore[arg-type]
+                    slots.setdefault(id(value), []).append((owner, key))
     return slots
 
 

@@ -197,7 +197,9 @@ def _read(data: Any) -> Cuts:
     }
     for name, (shape, nodes) in tensors.items():
         if tuple(_extent(node, cut_axes) for node in nodes) != shape:
-            raise ArtifactError(f"The dimensions of {name} in the surgery do not have its shape {list(shape)}.")
+            raise ArtifactError(
+                f"The dimensions of {name} in the surgery do not have its shape {list(shape)}."
+            )
     attributes = tuple(
         Attribute(
             str(a["module"]),

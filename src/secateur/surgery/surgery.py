@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.callsites import Edit
+from secateur.callsites import in_force
 from secateur.core.errors import ArtifactError, SurgeryError
 from secateur.core.files import write_text
 from secateur.graph import Cost, Graph, Group
@@ -178,7 +178,8 @@ def make_plan(surgery: Surgery) -> Plan:
     cut_axes = {names[g.axis]: CutAxis(g.name, g.kind, g.size, k) for g, k in cut.items()}
     attributes = tuple(_attribute(graph, a, n) for a, n in solution.attrs.items())
     scales, floats, notes = rescaled_norms(graph, cut)
-    edits: list[Edit] = edits_of(solution.repairs)
+    defined = {type(m).__module__ for m in graph.model.modules()}
+    edits = list(dict.fromkeys((*edits_of(solution.repairs), *in_force(defined))))
     size = Sizes({g.axis: n for g, n in counts.items()})
     fields, misfit = config_edits(graph, size, tensors, (*attributes, *floats))
     if misfit is not None and cut:
@@ -217,7 +218,8 @@ def _notes(cut: Mapping[Group, tuple[int, ...]], solution: Solution) -> Iterator
         if not group.exact:
             yield f"{group}: removing is not the same as zeroing, since it is {group.inexact[0]}."
     for repair in solution.repairs:
-        yield f"{repair.call} at {repair.place} keeps a size that changes: it is read from the tensor instead."
+        where = f"{repair.call} at {repair.place}"
+        yield f"{where} holds a size that changes: it is read from the tensor instead."
 
 
 def replay_(

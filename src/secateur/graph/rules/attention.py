@@ -8,10 +8,16 @@ from secateur.graph.rules.base import Call, rule
 from secateur.graph.types import Types, everywhere, meet
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_fused_attention_overrideable",
-      "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
-      "_scaled_dot_product_attention_math_for_mps", "scaled_dot_product_attention")
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_attention_math_for_mps",
+    "scaled_dot_product_attention",
+)
 def _(types: Types, call: Call) -> None:
     query, key, value = call["query"], call["key"], call["value"]
     (*Q, q, d), (*K, k, e), (*V, v, w) = (types.dims(t) for t in (query, key, value))
@@ -49,9 +55,15 @@ def _(types: Types, call: Call) -> None:
     types.multiply(*Q, q, k, w)
     outs = call.outs
     # A head is zero where its values are; a key is not, since softmax gives it a share.
-    types.put(outs[0], [*Q, q, w], live=meet(types.of(value).live | everywhere(shared), everywhere([*Q, q, w])))
+    types.put(
+        outs[0], [*Q, q, w], live=meet(types.of(value).live | everywhere(shared), everywhere([*Q, q, w]))
+    )
     for t in outs[1:]:
-        plain = [*Q, q] if t.dim() == len(Q) + 1 and t.shape[:-1] == query.shape[:-2] and t.shape[-1] == query.shape[-2] else None
+        plain = (
+            [*Q, q]
+            if t.dim() == len(Q) + 1 and t.shape[:-1] == query.shape[:-2] and t.shape[-1] == query.shape[-2]
+            else None
+        )
         types.put(t, plain or [axes.fresh(n, "internal to attention") for n in t.shape])
     if heads:
         types.note(heads, "heads")

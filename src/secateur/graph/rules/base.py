@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -51,7 +51,7 @@ class Call:
         return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
     """Position and default of each argument of an operator."""
     return {a.name: (i, a.default_value) for i, a in enumerate(func._schema.arguments)}
@@ -101,3 +101,8 @@ def positive(i: int, n: int) -> int:
 def as_list(dims: Any) -> list[int]:
     """One dimension or several, as a list."""
     return list(dims) if isinstance(dims, list | tuple) else [dims]
+
+
+def words(text: str) -> frozenset[str]:
+    """Names that stand in one text."""
+    return frozenset(text.split())

@@ -8,7 +8,6 @@ from secateur.graph.axes import Axis, Dim
 from secateur.graph.rules.base import Call, rule
 from secateur.graph.types import Types, everywhere, meet
 
-
 _GROUPED_ALIGNMENT = 16  # bytes between rows, which torch's grouped product insists on
 
 
@@ -187,4 +186,3 @@ def _(types: Types, call: Call) -> None:
     types.summed(k, types.of(a).live | types.of(b).live, why="a distance over it where it is not zero")
     dims = [*outer, i, j]
     types.put(call.out, dims, live=everywhere(dims))
-

@@ -8,8 +8,19 @@ from secateur.graph.rules.base import Call, rule
 from secateur.graph.types import Types, everywhere, meet
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable", "thnn_conv2d",
-      "_slow_conv2d_forward", "_conv_depthwise2d", "slow_conv3d", "conv1d", "conv2d", "conv3d")
+@rule(
+    "convolution",
+    "_convolution",
+    "mkldnn_convolution",
+    "convolution_overrideable",
+    "thnn_conv2d",
+    "_slow_conv2d_forward",
+    "_conv_depthwise2d",
+    "slow_conv3d",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+)
 def _(types: Types, call: Call) -> None:
     x, w = call.tensors[:2]
     bias = call["bias"]

@@ -75,12 +75,16 @@ def _(types: Types, call: Call) -> None:
         last = at
     where = 0 if apart or first is None else first
     if masked:
-        found = [axes.fresh(n, "picked by a mask") for n in call.out.shape[where : where + call.out.dim() - len(kept)]]
+        found = [
+            axes.fresh(n, "picked by a mask")
+            for n in call.out.shape[where : where + call.out.dim() - len(kept)]
+        ]
     else:
         found = types.broadcast(used, torch.broadcast_shapes(*(t.shape for t in used)))
     kind = types.of(source)
-    types.put(call.out, [*kept[:where], *found, *kept[where:]], live=kind.live | everywhere(found),
-              value=kind.value)
+    types.put(
+        call.out, [*kept[:where], *found, *kept[where:]], live=kind.live | everywhere(found), value=kind.value
+    )
 
 
 @rule("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
@@ -152,7 +156,9 @@ def _(types: Types, call: Call) -> None:
         _others(types, dims, picked, i, "gathered")
         look_up(types, index, dims[i], "its positions are gathered")
     kind = types.of(source)
-    types.put(call.out, picked, live=kind.live | everywhere(picked[i : i + 1] if dims else []), value=kind.value)
+    types.put(
+        call.out, picked, live=kind.live | everywhere(picked[i : i + 1] if dims else []), value=kind.value
+    )
 
 
 @rule("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_")
@@ -171,8 +177,16 @@ def _(types: Types, call: Call) -> None:
         types.of(call.out).live |= everywhere(dims)
 
 
-@rule("index_add", "index_add_", "index_copy", "index_copy_", "index_reduce", "index_reduce_", "index_fill",
-      "index_fill_")
+@rule(
+    "index_add",
+    "index_add_",
+    "index_copy",
+    "index_copy_",
+    "index_reduce",
+    "index_reduce_",
+    "index_fill",
+    "index_fill_",
+)
 def _(types: Types, call: Call) -> None:
     target, index = call["self"], call["index"]
     dims = types.dims(target)
@@ -218,7 +232,7 @@ def _(types: Types, call: Call) -> None:
     known = value is not None and not isinstance(value, Columns) and axes.extent(value) == call.out.shape[-1]
     last = value if known else axes.fresh(call.out.shape[-1], "one-hot of data")
     dims = [*types.dims(call["self"]), last]
-    types.put(call.out, dims, live=everywhere(dims))  # type: ignore[arg-type,list-item]
+    types.put(call.out, dims, live=everywhere(dims))  # type: ignore[arg-type]
 
 
 @rule("histc", "bincount")
@@ -236,7 +250,17 @@ def _(types: Types, call: Call) -> None:
         types.freeze(value, "an index into it is read as a Python number")
 
 
-@rule("sym_size", "sym_numel", "is_same_size", "equal", "_assert_tensor_metadata", "_assert_scalar",
-      "_assert_async", "is_nonzero", "is_pinned", "allclose")
+@rule(
+    "sym_size",
+    "sym_numel",
+    "is_same_size",
+    "equal",
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "is_nonzero",
+    "is_pinned",
+    "allclose",
+)
 def _(types: Types, call: Call) -> None:
     """Nothing comes out that has dimensions."""

@@ -42,8 +42,16 @@ def _(types: Types, call: Call) -> None:
     types.put(call.out, dims, live=_live(types, parts))
 
 
-@rule("constant_pad_nd", "pad", "replication_pad1d", "replication_pad2d", "replication_pad3d",
-      "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+@rule(
+    "constant_pad_nd",
+    "pad",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+)
 def _(types: Types, call: Call) -> None:
     source, pad, dims = call["self"], as_list(call.args[1]), list(types.dims(call["self"]))
     constant = call.name.endswith("constant_pad_nd")
@@ -100,8 +108,19 @@ def _(types: Types, call: Call) -> None:
     types.like(call.out, dims, call["self"], value=False)
 
 
-@rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full",
-      "_efficientzerotensor")
+@rule(
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "_efficientzerotensor",
+)
 def _(types: Types, call: Call) -> None:
     dims = [axes.fresh(n) for n in call.out.shape]  # what they are used with says what they are
     zero = call.name.endswith(("zeros", "_efficientzerotensor"))
@@ -118,5 +137,7 @@ def _(types: Types, call: Call) -> None:
     if not call.out.dim():
         return
     name = call.name.rpartition("::")[2]
-    dims = [types.freeze(axes.fresh(n), f"its values depend on the position ({name})") for n in call.out.shape]
+    dims = [
+        types.freeze(axes.fresh(n), f"its values depend on the position ({name})") for n in call.out.shape
+    ]
     types.put(call.out, dims)

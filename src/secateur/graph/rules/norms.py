@@ -28,9 +28,16 @@ def _affine(
     return live
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-      "cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm",
-      "_native_batch_norm_legit.no_stats")
+@rule(
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+    "batch_norm",
+    "_native_batch_norm_legit.no_stats",
+)
 def _(types: Types, call: Call) -> None:
     x, dims = call["input"], types.dims(call["input"])
     statistics = [call[n] for n in ("running_mean", "running_var") if call.has(n)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,42 +12,41 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.graph import axes
 from secateur.graph.axes import Axis, Dim
-from secateur.graph.rules.base import Call, rule
+from secateur.graph.rules.base import Call, rule, words
 from secateur.graph.types import NONE, Columns, Types, everywhere, meet
 
 # f(0) = 0, so that zero stays zero.
-_KEEPS_ZERO = frozenset(
+_KEEPS_ZERO = words(
     """relu gelu silu tanh mish hardswish leaky_relu elu selu celu hardtanh relu6 softshrink hardshrink sin
     sqrt abs neg expm1 log1p erf sign sgn round floor ceil trunc frac atan asinh sinh tan asin square
     clone _to_copy detach alias lift_fresh lift_fresh_copy lift native_dropout dropout nan_to_num
     _prelu_kernel prelu positive conj _conj resolve_conj contiguous real imag type_as rrelu_with_noise
     bernoulli zeros_like _fused_dropout pin_memory threshold fmod copysign deg2rad rad2deg
-    feature_dropout alpha_dropout glu_jvp isnan isinf view_as_real_copy""".split()
+    feature_dropout alpha_dropout glu_jvp isnan isinf view_as_real_copy"""
 )
-_SUMS = frozenset("add sub rsub maximum minimum hypot lerp complex where copy __or__ logical_or".split())
-_PRODUCTS = frozenset("mul logical_and bitwise_and __and__ masked_fill_zero".split())
-_QUOTIENTS = frozenset("div floor_divide true_divide remainder atan2 xlogy".split())
+_SUMS = words("add sub rsub maximum minimum hypot lerp complex where copy __or__ logical_or")
+_PRODUCTS = words("mul logical_and bitwise_and __and__ masked_fill_zero")
+_QUOTIENTS = words("div floor_divide true_divide remainder atan2 xlogy")
 # The integers in the result index what those of the argument index.
-_KEEPS_VALUE = frozenset(
+_KEEPS_VALUE = words(
     """clone _to_copy detach alias lift_fresh lift_fresh_copy contiguous clamp clamp_min clamp_max
-    masked_fill abs positive to fill copy""".split()
+    masked_fill abs positive to fill copy"""
 )
-_FORGETS_VALUE = frozenset(
-    """zeros_like ones_like empty_like full_like rand_like randn_like isnan isinf where fill zero
-    new_zeros""".split()
+_FORGETS_VALUE = words(
+    "zeros_like ones_like empty_like full_like rand_like randn_like isnan isinf where fill zero new_zeros"
 )
-_COMPARISONS = frozenset("eq ne lt le gt ge".split())
-_UNTAGGED = frozenset(
-    """clone _to_copy detach alias lift_fresh lift_fresh_copy lift zeros_like ones_like empty_like full_like
-    rand_like randn_like fill zero normal uniform bernoulli native_dropout _conj isnan isinf
-    nan_to_num copy contiguous masked_fill pin_memory random log_sigmoid_forward _conj_physical relu sigmoid
-    where _prelu_kernel hardtanh polar complex real imag floor_divide fmod type_as hardswish hardsigmoid silu
-    mish softplus elu gelu leaky_relu celu selu relu6 threshold softshrink hardshrink log_sigmoid angle
-    rrelu_with_noise _fused_dropout new_empty_like""".split()
+_COMPARISONS = words("eq ne lt le gt ge")
+_UNTAGGED = words(
+    """clone _to_copy detach alias lift_fresh lift_fresh_copy lift zeros_like ones_like empty_like
+    full_like rand_like randn_like fill zero normal uniform bernoulli native_dropout _conj isnan isinf
+    nan_to_num copy contiguous masked_fill pin_memory random log_sigmoid_forward _conj_physical relu
+    sigmoid where _prelu_kernel hardtanh polar complex real imag floor_divide fmod type_as hardswish
+    hardsigmoid silu mish softplus elu gelu leaky_relu celu selu relu6 threshold softshrink hardshrink
+    log_sigmoid angle rrelu_with_noise _fused_dropout new_empty_like"""
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_pointwise(func: Any, name: str) -> bool:
     """Whether an operator without a rule of its own works entry by entry."""
     return torch.Tag.pointwise in func.tags or name.removesuffix("_") in _UNTAGGED
@@ -166,4 +165,3 @@ def _value(types: Types, base: str, tensors: list[Tensor], call: Call) -> Any:
 def _(types: Types, call: Call) -> None:
     dims = types.broadcast(call.tensors, call.out.shape)
     types.put(call.out, dims, live=everywhere(dims))
-

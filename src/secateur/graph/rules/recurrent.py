@@ -40,4 +40,6 @@ def _(types: Types, call: Call) -> None:
         if t.shape == hx.shape:
             types.put(t, types.dims(hx), live=live)
         else:
-            types.put(t, [axes.fresh(n, "internal to a recurrent layer") for n in t.shape], live=everywhere([]))
+            types.put(
+                t, [axes.fresh(n, "internal to a recurrent layer") for n in t.shape], live=everywhere([])
+            )

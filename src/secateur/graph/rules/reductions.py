@@ -16,9 +16,32 @@ _PLAIN = {"sum", "nansum", "linalg_vector_norm", "norm", "count_nonzero", "any"}
 _POSITIONS = {"argmax", "argmin"}
 
 
-@rule("sum", "nansum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean", "std",
-      "std_mean", "linalg_vector_norm", "norm", "prod", "any", "all", "logsumexp", "count_nonzero", "aminmax",
-      "median", "nanmedian", "mode")
+@rule(
+    "sum",
+    "nansum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+    "var",
+    "var_mean",
+    "std",
+    "std_mean",
+    "linalg_vector_norm",
+    "norm",
+    "prod",
+    "any",
+    "all",
+    "logsumexp",
+    "count_nonzero",
+    "aminmax",
+    "median",
+    "nanmedian",
+    "mode",
+)
 def _(types: Types, call: Call) -> None:
     source: Tensor = call.tensors[0]
     base = call.name.rpartition("::")[2]
@@ -41,7 +64,9 @@ def _(types: Types, call: Call) -> None:
         types.note(d, "mean" if base == "mean" else "reduced")
         if keep:
             kept.append(())
-    live = kind.live if base in {*_PLAIN, "mean", "amax", "amin", "max", "min", "aminmax"} else everywhere(kept)
+    live = (
+        kind.live if base in {*_PLAIN, "mean", "amax", "amin", "max", "min", "aminmax"} else everywhere(kept)
+    )
     for j, out in enumerate(call.outs):
         value: Any = None
         if (base in _POSITIONS or (j == 1 and base in ("max", "min", "median", "mode"))) and len(over) == 1:
@@ -92,7 +117,11 @@ def _(types: Types, call: Call) -> None:
     if base != "topk":
         types.freeze(along, "sorted")
     for j, out in enumerate(call.outs):
-        ranked = [*dims[:i], axes.fresh(out.shape[i] if out.dim() == len(dims) else 1, "ranks"), *dims[i + 1 :]]
+        ranked = [
+            *dims[:i],
+            axes.fresh(out.shape[i] if out.dim() == len(dims) else 1, "ranks"),
+            *dims[i + 1 :],
+        ]
         if out.dim() < len(dims):
             del ranked[i]
         indices = j == 1 or base == "argsort"

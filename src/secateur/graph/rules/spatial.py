@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from secateur.graph import axes
-from secateur.graph.rules.base import Call, positive, rule
+from secateur.graph.rules.base import Call, positive, rule, words
 from secateur.graph.types import Types, blame, everywhere
 
-_POOLS = """max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices avg_pool1d
-avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool3d
-_adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d
-upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa fractional_max_pool2d
-max_unpool2d""".split()
+_POOLS = words(
+    """max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices avg_pool1d
+    avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d
+    adaptive_avg_pool3d _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    mkldnn_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+    upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+    fractional_max_pool2d max_unpool2d"""
+)
 
 
 @rule(*_POOLS)
@@ -47,11 +49,18 @@ def _(types: Types, call: Call) -> None:
         r = call["downscale_factor"]
         for d in dims[at + 1 :]:
             types.freeze(d, "pixels become channels")
-        channels = (*dims[at], *axes.fresh(r, "pixels become channels"), *axes.fresh(r, "pixels become channels"))
+        channels = (
+            *dims[at],
+            *axes.fresh(r, "pixels become channels"),
+            *axes.fresh(r, "pixels become channels"),
+        )
     else:
         r = call["upscale_factor"]
         channels = axes.fresh(out.shape[at])
-        pixels = (*axes.fresh(r, blame("channels become pixels")), *axes.fresh(r, blame("channels become pixels")))
+        pixels = (
+            *axes.fresh(r, blame("channels become pixels")),
+            *axes.fresh(r, blame("channels become pixels")),
+        )
         types.unify(dims[at], (*channels, *pixels))
     spatial = [axes.fresh(n, "pixels") for n in out.shape[at + 1 :]]
     types.put(out, [*dims[:at], channels, *spatial], live=types.of(source).live)
@@ -74,8 +83,11 @@ def _(types: Types, call: Call) -> None:
         types.freeze(d, "cut into windows")
     taps = axes.fresh(kernel[0] * kernel[1], "a window's extent")
     channels = (*dims[-3], *taps)
-    types.put(call.out, [*dims[:-3], channels, axes.fresh(call.out.shape[-1], "windows")],
-              live=types.of(source).live)
+    types.put(
+        call.out,
+        [*dims[:-3], channels, axes.fresh(call.out.shape[-1], "windows")],
+        live=types.of(source).live,
+    )
 
 
 @rule("col2im")
@@ -120,4 +132,3 @@ def _(types: Types, call: Call) -> None:
     types.freeze(dims[positive(call["dim"], len(dims))], "a running product or maximum over it")
     for out in call.outs:
         types.put(out, dims, live=types.of(call["self"]).live)
-

@@ -188,8 +188,17 @@ def _(types: Types, call: Call) -> None:
     types.like(call.out, dims, source)
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
-      "split_copy", "split_with_sizes_copy", "tensor_split")
+@rule(
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "chunk",
+    "unsafe_chunk",
+    "split_copy",
+    "split_with_sizes_copy",
+    "tensor_split",
+)
 def _(types: Types, call: Call) -> None:
     source, dims = call["self"], types.dims(call["self"])
     i = positive(call["dim"], len(dims))
@@ -215,7 +224,9 @@ def _(types: Types, call: Call) -> None:
 
 @rule("view_as_real")
 def _(types: Types, call: Call) -> None:
-    types.like(call.out, [*types.dims(call["self"]), axes.fresh(2, "a complex number's two parts")], call["self"])
+    types.like(
+        call.out, [*types.dims(call["self"]), axes.fresh(2, "a complex number's two parts")], call["self"]
+    )
 
 
 @rule("slice_scatter", "select_scatter")
