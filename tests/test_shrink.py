@@ -163,8 +163,9 @@ def kept(report: sc.ShrinkReport, kind: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("fraction", [0.85, 0.6])
-@pytest.mark.parametrize("make", [sc.Budget.params, sc.Budget.macs, sc.Budget.memory])
+@pytest.mark.parametrize(
+    ("make", "fraction"), [(sc.Budget.params, 0.85), (sc.Budget.macs, 0.6), (sc.Budget.memory, 0.6)]
+)
 def test_the_budget_holds_and_the_report_can_be_recomputed(
     make: Callable[[float], sc.Budget], fraction: float, name: str
 ) -> None:
@@ -377,7 +378,7 @@ def test_every_criterion_prunes_or_says_why_not(method: str, name: str) -> None:
     assert report.got <= report.asked and report.check is not None and report.check.ok
 
 
-@pytest.mark.parametrize("name", ["cnn", "llama"])
+@pytest.mark.parametrize("name", ["cnn", "attention"])
 def test_steps_measure_anew_and_meet_the_same_budget(name: str) -> None:
     batches, loss = batches_for(name)
     found = []
@@ -504,8 +505,7 @@ def test_the_optimizer_goes_on_with_what_is_left_of_its_state(make: Any) -> None
 # ------ undone, and all or nothing
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize(("name", "steps"), [("cnn", 1), ("cnn", 2), ("attention", 2), ("llama", 1)])
 def test_undo_gives_the_very_model_back(name: str, steps: int) -> None:
     model, example = build(name)
     optimizer = torch.optim.Adam(model.parameters())
