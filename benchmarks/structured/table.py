@@ -73,10 +73,10 @@ def _best(task: Task, rows: Rows, metric: str) -> str:
             pruned = {
                 c.variant: row
                 for c, row in rows.items()
-                if (c.seed, c.stage) == (seed, "pruned") and c.variant in found
+                if (c.seed, c.stage) == (seed, "pruned") and "note" not in row
             }
             best = ranked(task, pruned, f"valid_{metric}")[:1]
-            found = {variant: found[variant] for variant in best}
+            found = {variant: found[variant] for variant in best if variant in found}
         for variant, row in found.items():
             values.append(row[metric])
             names.add(variant)

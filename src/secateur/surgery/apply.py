@@ -67,10 +67,10 @@ def carry_out(model: nn.Module, cuts: Cuts, optimizers: Iterable[Optimizer] = ()
         for optimizer in optimizers:
             migrate(optimizer, replaced, journal)
         _drop_caches(model)
+        return Applied(cuts, journal)
     except BaseException:
         journal.undo()
         raise
-    return Applied(cuts, journal)
 
 
 def _new_tensors(model: nn.Module, cuts: Cuts) -> dict[str, Tensor]:

@@ -235,16 +235,22 @@ def replay_(
     Raises:
         ArtifactError: the file is damaged. SurgeryError: it is for another model.
     """
-    journal = Journal()
     cuts = read_cuts(source)
+    done: list[Applied] = []
+
+    def undo() -> None:
+        for applied in reversed(done):
+            applied.undo()
+
+    journal = Journal()
+    journal.done(undo)
     try:
         for one in cuts:
-            applied = carry_out(model, one, optimizer)
-            journal.done(applied.undo)
+            done.append(carry_out(model, one, optimizer))
+        return Applied(cuts[-1], journal)
     except BaseException:
         journal.undo()
         raise
-    return Applied(cuts[-1], journal)
 
 
 def save_cuts(cuts: Sequence[Cuts], path: str | os.PathLike[str]) -> None:
