@@ -20,7 +20,7 @@ from secateur.graph.oracle import Check
 from secateur.graph.plan import Constraints, Sizes, Solution, common_step
 from secateur.graph.rms import RmsForm, rms_form
 from secateur.graph.trace import Traced, cached, results, run
-from secateur.graph.types import Types
+from secateur.graph.types import Columns, Types
 
 _STEPS = (1, 2, 4, 8, 16)  # granularities that are tried where the code divides a size
 
@@ -320,6 +320,9 @@ def _freeze_outputs(traced: Traced) -> list[tuple[list[Dim], int]]:
     for t in results(traced.output):
         for dim in traced.types.dims(t):
             axes.freeze(dim, "a dimension of the model's output")
+        value = traced.types.of(t).value
+        for dim in value.dims if isinstance(value, Columns) else (value,) if value is not None else ():
+            axes.freeze(dim, "its positions are numbers in the model's output")
     return [(traced.types.dims(t)[1::2], t.element_size()) for t in cached(traced.output)]
 
 
