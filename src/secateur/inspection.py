@@ -6,7 +6,6 @@ better. Both are fitted to every layer, with how well they fit and what they pre
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from secateur.core.errors import NonFiniteError
 from secateur.core.files import write_text
 from secateur.core.names import Target, Where, select
 from secateur.measure import measure
+from secateur.printing import printed
 from secateur.progress import track
 from secateur.record import versions
 
@@ -182,10 +182,7 @@ class Inspection:
         return Group(_layer_table(self), *([skipped] if self.skipped else []))
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return printed(self, width=110)
 
 
 def inspect(model: nn.Module, where: Where | None = None) -> Inspection:

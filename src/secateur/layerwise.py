@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from secateur.core.names import Target, Where, select
 from secateur.core.topk import count
 from secateur.criteria import Criterion
 from secateur.patterns import Pattern, Unstructured
+from secateur.printing import printed
 from secateur.progress import track
 from secateur.prune import as_layer, check_targets, refuse_class
 from secateur.record import versions
@@ -165,10 +165,7 @@ class Sensitivity:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return printed(self)
 
 
 def sensitivity(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -12,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +19,7 @@ from rich.text import Text
 from secateur.core.files import write_text
 from secateur.masks import Masks
 from secateur.measure import Latency, Measurement
+from secateur.printing import printed
 
 _LEFT = 4  # parameters left alone that the terminal names
 
@@ -113,10 +113,7 @@ class Report:
         return Group(_layer_table(self), _cost_table(self), *texts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return printed(self)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Evaluation mode, and transformers without their fused kernel, for a while."""
+"""Evaluation mode, transformers without their fused kernel for a while, and caches that go with a mode."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+
+
+def drop_caches(model: nn.Module) -> None:
+    """Forget what some models compute from their weights once, in evaluation mode, and drop on `train`."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+    finally:
+        for module, training in modes:
+            module.training = training

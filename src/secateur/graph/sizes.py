@@ -133,7 +133,7 @@ class SizeMode(TorchFunctionMode):
 
     def _numbers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sizes that enter tensors' arithmetic as numbers, and dimensions that become Python lists."""
-        if name in ("tolist", "numpy", "__iter__") and isinstance(args[0], Tensor) and name != "__iter__":
+        if name in ("tolist", "numpy") and isinstance(args[0], Tensor):
             for d in self.types.dims(args[0]):
                 self.types.freeze(d, "read as a Python list")
         if name in _ARITHMETIC:

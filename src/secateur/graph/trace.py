@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secateur.core.modes import evaluation, unfused
+from secateur.core.modes import drop_caches, evaluation, unfused
 from secateur.graph import axes
 from secateur.graph.engines import Engine, Fake, Light, Real
 from secateur.graph.ints import Attr, Ledger, TracedInt, watched
@@ -259,11 +259,7 @@ def _module_names(model: nn.Module, types: Types) -> Iterator[None]:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back what a forward pass stores in modules, after dropping caches that evaluation mode keeps."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.train()
-    for module, training in modes:
-        module.training = training
-    model.eval()
+    drop_caches(model)
     saved = [(m, dict(vars(m)), _containers(vars(m)), dict(m._buffers)) for m in model.modules()]
     try:
         yield

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from secateur.collect.batches import Batches, as_batches
 from secateur.core.errors import MaskError, NonFiniteError, SecateurError
 from secateur.core.names import unwrap
+from secateur.printing import printed
 from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer, consumers_of
 from secateur.reconstruct.measure import Tokens, device_of, measure, measure_both
@@ -80,10 +80,7 @@ class RepairReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
+        return printed(self)
 
 
 def repair_(

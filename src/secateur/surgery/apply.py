@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from secateur.callsites import Edit, apply_edits
 from secateur.core.errors import SurgeryError
+from secateur.core.modes import drop_caches
 from secateur.core.names import unwrap
 from secateur.graph.swapping import swap_modules_
 from secateur.graph.trace import stored_tensors
@@ -48,7 +49,7 @@ def carry_out(model: nn.Module, cuts: Cuts, optimizers: Iterable[Optimizer] = ()
     new = _new_tensors(model, cuts)
     journal = Journal()
     held: list[Any] = []  # an undo is registered before what it takes back is done
-    journal.done(lambda: _drop_caches(model))
+    journal.done(lambda: drop_caches(model))
     journal.done(lambda: [handle.undo() for handle in reversed(held)])
     try:
         if cuts.swaps:
@@ -66,7 +67,7 @@ def carry_out(model: nn.Module, cuts: Cuts, optimizers: Iterable[Optimizer] = ()
         replaced = _replaced(model, cuts, journal, new)
         for optimizer in optimizers:
             migrate(optimizer, replaced, journal)
-        _drop_caches(model)
+        drop_caches(model)
         return Applied(cuts, journal)
     except BaseException:
         journal.undo()
@@ -183,13 +184,3 @@ def _replaced(model: nn.Module, cuts: Cuts, journal: Journal, new: Mapping[str, 
             else:
                 found[old] = (fresh, lambda t: t)
     return found
-
-
-def _drop_caches(model: nn.Module) -> None:
-    """Some models compute tables from their weights once, in evaluation mode, and drop them on `train`."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train()
-    finally:
-        for module, training in modes:
-            module.training = training
