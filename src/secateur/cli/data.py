@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.collect import Loss
 from secateur.core.errors import SecateurError
+from secateur.core.modes import evaluation
 
 _MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
 _IGNORED = -100  # label of positions that do not count
@@ -40,7 +42,7 @@ def read_data(file: Path, folder: Path, model: nn.Module, task: str, samples: in
     if samples < 1 or length < 2:
         raise SecateurError(f"--samples is at least 1 and --length at least 2; got {samples} and {length}.")
     if file.suffix == ".safetensors":
-        return _from_tensors(file, samples)
+        return _from_tensors(file, samples, model)
     texts, labels = _texts(file)
     tokenizer = _tokenizer(folder)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or length
@@ -102,7 +104,7 @@ def example_input(model: nn.Module) -> dict[str, Tensor] | None:
     return None
 
 
-def _from_tensors(file: Path, samples: int) -> Data:
+def _from_tensors(file: Path, samples: int, model: nn.Module) -> Data:
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -114,7 +116,35 @@ def _from_tensors(file: Path, samples: int) -> Data:
         )
     n = min(samples, sizes.pop())
     batches = [{k: t[i : i + 8] for k, t in tensors.items()} for i in range(0, n, 8)]
+    _try(file, model, {k: t[:1] for k, t in tensors.items()})
     return Data(batches, _labelled if "labels" in tensors else None)
+
+
+def _try(file: Path, model: nn.Module, first: dict[str, Tensor]) -> None:
+    """Run the model on one example, so that what it cannot take is said before anything is changed."""
+    taken = [
+        p.name for p in signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if taken and (odd := [name for name in first if name not in taken]):
+        raise SecateurError(
+            f"The model does not take the tensors {', '.join(odd)} of {file}: it takes {', '.join(taken)}."
+        )
+    ids = first.get("input_ids")
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if ids is not None and not ids.is_floating_point() and isinstance(table, nn.Embedding):
+        largest = int(ids.max())
+        if largest >= table.num_embeddings:
+            raise SecateurError(
+                f"{file} has the token {largest}, but the model knows {table.num_embeddings}."
+            )
+    try:
+        with evaluation(model), torch.no_grad():
+            model(**first)
+    except Exception as error:  # a forward pass can fail in as many ways as there are models
+        what = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise SecateurError(
+            f"The tensors of {file} must be the arguments of the model, by name; it fails with: {what[0]}"
+        ) from None
 
 
 def _texts(file: Path) -> tuple[list[str], list[int] | None]:

@@ -18,9 +18,9 @@ from secateur.cli import choices, shared
 from secateur.cli.data import Data, example_input, read_data
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
+from secateur.graph import Graph
 from secateur.shrink import DEFAULT_KINDS, shrink_
 from secateur.shrink_page import shrink_page
-from secateur.shrunk import ShrinkReport
 
 KINDS_HELP = (
     f"Kinds of groups to cut, separated by commas; by default {', '.join(DEFAULT_KINDS)}. Also width, "
@@ -33,7 +33,7 @@ _ISOMORPHIC = choices.ScopeName("isomorphic")
 
 def shrink(
     model_dir: shared.Folder,
-    out: Annotated[Path, typer.Option(help="Folder for the smaller model and its report.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the smaller model and its report.")] = None,
     params: Annotated[float | None, typer.Option(help="Fraction of the parameters that may remain.")] = None,
     macs: Annotated[
         float | None, typer.Option(help="Fraction of the multiply-accumulates that may remain.")
@@ -73,13 +73,19 @@ def shrink(
     samples: shared.Samples = 64,
     length: shared.Length = 512,
     seed: shared.Seed = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what can be cut and what would go; write nothing.")
+    ] = False,
 ) -> None:
     """Remove neurons, heads, filters and whole layers from a model, and save what is left.
 
     The result is an ordinary, smaller model. Where its configuration can express it, plain from_pretrained
     loads it; else sc.load does, and the report says so.
     """
-    shared.check_out(model_dir, out)
+    if out is not None:
+        shared.check_out(model_dir, out)
+    elif not dry_run:
+        raise SecateurError("Say where the smaller model goes, --out FOLDER, or look first with --dry-run.")
     budget = _budget(params, macs, memory, seconds, batch, context)
     if budget is None and not drop_layers:
         raise SecateurError("Say how small: one of --params, --macs, --memory, --seconds, or --drop-layers.")
@@ -93,6 +99,8 @@ def shrink(
     calibration = read(data) if data is not None else None
     held_out = read(evaluate) if evaluate is not None else None
     old_loss = shared.loss_of(model, held_out)
+    if dry_run:
+        shared.say(str(Graph.trace(model, **example)))
     history: list[Any] = []
     notes: list[str] = []
     if drop_layers:
@@ -119,7 +127,19 @@ def shrink(
         history += report.cuts
     if held_out is not None:
         notes.append(shared.loss_note(evaluate, task, old_loss, shared.loss_of(model, held_out)))
-    _write(model, out, model_dir, report, history, notes)
+    if report is not None:
+        report = replace(report, notes=(*notes, *report.notes))
+        shared.console.print(report)
+    else:
+        for note in notes:
+            shared.say(note)
+    if dry_run or out is None:
+        shared.say("A dry run: nothing was written.")
+        return
+    save(model, out, report=report, surgery=history, source=model_dir)
+    if report is not None:
+        write_text(out / "report.html", shrink_page(report))
+    shared.say(f"Saved in {out}" + (f"; the report: {out / 'report.html'}" if report else "."))
 
 
 def _budget(
@@ -153,24 +173,3 @@ def _drop(model: nn.Module, n: int, example: Any, calibration: Data | None) -> l
         raise SecateurError("--drop-layers measures the influence of each block: give it --data.")
     scores = layers.block_influence(model, calibration.batches)
     return layers.drop_layers_(model, layers.lowest(scores, n), example)
-
-
-def _write(
-    model: nn.Module,
-    out: Path,
-    source: Path,
-    report: ShrinkReport | None,
-    history: list[Any],
-    notes: list[str],
-) -> None:
-    if report is None:
-        save(model, out, surgery=history, source=source)
-        for note in notes:
-            shared.say(note)
-        shared.say(f"Saved in {out}.")
-        return
-    report = replace(report, notes=(*notes, *report.notes))
-    save(model, out, report=report, surgery=history, source=source)
-    write_text(out / "report.html", shrink_page(report))
-    shared.console.print(report)
-    shared.say(f"Saved in {out}; the report: {out / 'report.html'}")
