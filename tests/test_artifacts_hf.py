@@ -199,6 +199,18 @@ def test_generation_settings_are_kept(tmp_path):
     assert load(tmp_path).generation_config.max_new_tokens == 7
 
 
+def test_settings_without_a_number_in_json_come_back(tmp_path):
+    """The limit of Mamba-2's time step is infinite, which config.json holds as an object."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 8}
+    config = transformers.Mamba2Config(**sizes, expand=2, n_groups=1, vocab_size=64)
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    save(model, tmp_path / "m")
+    loaded = load(tmp_path / "m")
+    assert tuple(loaded.config.time_step_limit) == (0.0, float("inf"))
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS[:, :8]).logits, model(IDS[:, :8]).logits)
+
+
 def test_load_into_a_given_model(tmp_path):
     model, fresh = llama(), llama()
     save(model, tmp_path, report=prune_(model, Magnitude(), 0.5))

@@ -124,23 +124,34 @@ def forward(model: nn.Module, pruned: nn.Module, example: Example) -> dict[str, 
     return {"change": difference(before, after)}
 
 
-def _gradients(model: nn.Module, example: Example) -> dict[str, Tensor]:
-    """Gradients of the sum of all outputs, by parameter, where there are any."""
+def _gradients(model: nn.Module, example: Example) -> tuple[dict[str, Tensor], set[str]]:
+    """Gradients of the sum of all outputs, by parameter, where there are any; modules that were called."""
     model.zero_grad(set_to_none=True)
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, module in model.named_modules()
+    ]
     found = results(model(*copy.deepcopy(example[0]), **copy.deepcopy(example[1])))
+    for hook in hooks:
+        hook.remove()
     total = sum(t.sum() for t in found if t.is_floating_point() and t.requires_grad)
     assert isinstance(total, Tensor), "no output depends on a parameter"
     total.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return gradients
+    return gradients, called
 
 
 def backward(model: nn.Module, pruned: nn.Module, example: Example) -> dict[str, Any]:
-    """Every parameter that is left and had a gradient before has a finite one."""
-    before, after = _gradients(model, example), _gradients(pruned, example)
+    """Every parameter that is left and had a gradient before has a finite one.
+
+    But those of an expert that no token is sent to any more, as its module is not called.
+    """
+    (before, busy), (after, still) = _gradients(model, example), _gradients(pruned, example)
     names = {n for n, _ in pruned.named_parameters()}
-    missing = [n for n in before if n in names and n not in after]
+    idle = busy - still
+    missing = [n for n in before if n in names and n not in after and n.rpartition(".")[0] not in idle]
     infinite = [n for n, g in after.items() if not bool(g.isfinite().all())]
     if missing or infinite:
         raise AssertionError(f"No gradient: {missing[:3]}. Not finite: {infinite[:3]}.")

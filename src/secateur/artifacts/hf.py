@@ -23,8 +23,8 @@ from secateur.artifacts.hf_folder import (
     read_config,
     read_generation_config,
     read_weights,
+    settings,
     widest,
-    without_kernels,
 )
 from secateur.artifacts.manifest import DTYPES
 from secateur.artifacts.steps import Step
@@ -116,7 +116,7 @@ def open_pretrained(
         try:
             model, info = cls.from_pretrained(
                 None,
-                config=cls.config_class.from_dict(without_kernels(config)),
+                config=cls.config_class.from_dict(settings(config)),
                 state_dict=tensors,
                 torch_dtype=widest(dtypes or {}),
                 ignore_mismatched_sizes=True,  # _refuse_incomplete says better what is wrong

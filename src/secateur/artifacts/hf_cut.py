@@ -29,8 +29,8 @@ from secateur.artifacts.hf_folder import (
     quiet,
     read_config,
     read_generation_config,
+    settings,
     widest,
-    without_kernels,
 )
 from secateur.artifacts.manifest import PRUNED, SURGERY, Manifest, read_json
 from secateur.artifacts.steps import Step, read_steps, replay_
@@ -87,7 +87,7 @@ def open_cut(folder: Path, manifest: Manifest) -> Any:
     steps = read_steps(folder / SURGERY)
     with quiet():
         try:
-            made = cls.config_class.from_dict(without_kernels(config))
+            made = cls.config_class.from_dict(settings(config))
             model = build(cls, made, widest(manifest.dtypes))
             read_generation_config(model, folder)
         except ArtifactError:

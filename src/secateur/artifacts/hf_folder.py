@@ -129,12 +129,18 @@ def quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-def without_kernels(value: Any) -> Any:
-    """A configuration without its choice of kernels, which could name code on the Hub to fetch and run."""
+def settings(value: Any) -> Any:
+    """The values of a `config.json`, as a configuration's constructor takes them.
+
+    Floats that JSON has no number for are written by transformers as `{"__float__": "Infinity"}`. The choice
+    of kernels is left out: it could name code on the Hub to fetch and run.
+    """
     if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
         kernels = ("attn_implementation", "experts_implementation")
-        return {k: without_kernels(v) for k, v in value.items() if not any(word in k for word in kernels)}
-    return [without_kernels(v) for v in value] if isinstance(value, list) else value
+        return {k: settings(v) for k, v in value.items() if not any(word in k for word in kernels)}
+    return [settings(v) for v in value] if isinstance(value, list) else value
 
 
 def widest(dtypes: Mapping[str, str]) -> torch.dtype | str:
