@@ -177,6 +177,23 @@ def test_wrappers_are_looked_through(tmp_path):
     assert bits(wrapped._orig_mod) == bits(model)
 
 
+class Versioned(nn.Linear):
+    """Reads the version of its layout from the state, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_modules_are_told_the_version_of_their_layout(tmp_path):
+    model, fresh = Versioned(3, 2), Versioned(3, 2)
+    save(model, tmp_path / "m")
+    load(tmp_path / "m", fresh)
+    assert torch.equal(fresh.weight, model.weight)
+
+
 def test_masks_and_report_lie_beside_the_model(tmp_path):
     model = trained(ResNet)
     report = prune_(model, Magnitude(), 0.75)

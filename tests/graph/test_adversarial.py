@@ -206,3 +206,52 @@ def test_never_silently_wrong(name):
 
 def test_there_are_many():
     assert len(CASES) >= 100
+
+
+class OneLineTwice(nn.Module):
+    """A line that runs with two numbers: read from the tensor, the second would be wrong for the first."""
+
+    def __init__(self, *numbers):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.numbers = [(n,) for n in numbers]
+
+    def forward(self, x):
+        x = self.first(x)
+        for (n,) in self.numbers:
+            x = x.reshape(x.shape[0], n, x.shape[1] // n).transpose(1, 2).reshape(x.shape)
+        return self.last(x)
+
+
+def test_a_call_that_runs_twice_is_edited_only_as_both_allow():
+    assert len(prove(OneLineTwice(2), randn(5, 3)).groups()) > 0
+    assert not prove(OneLineTwice(2, 4), randn(5, 3)).groups()
+
+
+class OverWindows(nn.Module):
+    """Fused attention in each of several windows at once: five dimensions."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(N, 24), nn.Linear(N, 2)
+        self.heads, self.rank = 2, rank
+
+    def forward(self, x):
+        b, w, n, c = x.shape
+        if self.rank == 4:
+            x = x.flatten(0, 1)
+            qkv = self.qkv(x).reshape(b * w, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        else:
+            qkv = self.qkv(x).reshape(b, w, n, 3, self.heads, c // self.heads).permute(3, 0, 4, 1, 2, 5)
+        y = F.scaled_dot_product_attention(*qkv.unbind(0))
+        y = y.permute(0, 2, 1, 3) if self.rank == 4 else y.permute(0, 2, 3, 1, 4)
+        return self.out(y.reshape(b, w, n, c))
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_the_default_scale_of_attention_is_seen_in_every_rank(rank):
+    graph = prove(OverWindows(rank), randn(3, 2, 5, N))
+    found = {g.kind: g for g in graph.groups()}
+    assert found.keys() == {"heads", "head_dim"}
+    assert found["heads"].exact and not found["head_dim"].exact
+    assert "default scale of attention" in " ".join(found["head_dim"].inexact)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -93,8 +95,11 @@ def fill_(
         for name, t in live.items():
             if t.dtype != tensors[name].dtype:
                 t.data = t.data.to(tensors[name].dtype)
+        # Some modules read the version of their layout, which is this one's: names and shapes agree.
+        state: Any = OrderedDict(tensors)
+        state._metadata = getattr(live, "_metadata", None)
         try:
-            model.load_state_dict(tensors)
+            model.load_state_dict(state)
         except RuntimeError as error:
             raise ArtifactError(f"{kind} does not take what {origin} holds: {first_line(error)}") from None
         for name, t in model.state_dict().items():

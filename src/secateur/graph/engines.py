@@ -109,6 +109,7 @@ class Light:
             if func._schema.is_mutable:
                 self._taint(found, args)
         if _takes_device(func):
+            empty = empty or kwargs.get("device") == _META  # asked for by name: without values
             kwargs = {**kwargs, "device": _META if empty else _CPU}
             kwargs.pop("pin_memory", None)
         quick = _QUICK.get(func) if empty else None

@@ -282,7 +282,7 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
         )
     ledger = traced.ledger
     constraints = Constraints(
-        traced.ties, ledger.guards.values(), ledger.numbers, ledger.values, types.aligned
+        traced.ties, ledger.guards.values(), ledger.numbers, ledger.values, types.aligned, traced.calls
     )
     norms = _rms_norms(model, types)
     found = groups.find_groups(types, norms)

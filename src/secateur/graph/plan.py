@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from secateur.callsites import CallSite, Reason, locate
 from secateur.graph import axes
 from secateur.graph.axes import Axis, Dim
 from secateur.graph.ints import Attr, Expr, Guard, Size, evaluate, parts
-from secateur.graph.sizes import Tie
+from secateur.graph.sizes import Argument, Tie
 from secateur.graph.types import Place
 
 _SEARCH = 20_000  # largest attribute that is searched for by trying values
@@ -91,8 +92,10 @@ class Constraints:
         numbers: Iterable[tuple[str, Expr, Place]],
         values: Mapping[Attr, int],
         aligned: Iterable[tuple[Dim, int, str]] = (),
+        calls: Mapping[object, Collection[Argument]] = MappingProxyType({}),
     ) -> None:
         self.values = values
+        self.calls = calls
         self._sites: dict[object, CallSite | Reason] = {}
         self.ties = _distinct(ties)
         self.guards = [g for g in guards if not _frozen_expr(g.left) or not _frozen_expr(g.right)]
@@ -311,11 +314,13 @@ class _Solver:
             else:
                 self.out.problems.append(_problem(tie, self.c))
         for ties in calls.values():
-            arguments: dict[int, set[int | None]] = defaultdict(set)
-            for tie in ties:
-                arguments[tie.argument.index].add(tie.argument.same_as)
+            # One place can run often, with other tensors: what is written there must be true each time.
+            ran = [*self.c.calls.get(_exactly(ties[0].place), ()), *(t.argument for t in ties)]
+            arguments = {
+                j: {a.same_as for a in ran if a.index == j} for j in {t.argument.index for t in ties}
+            }
             open_ = [j for j, s in arguments.items() if len(s) > 1 or None in s]
-            if len(open_) > 1 or (open_ and any(t.argument.inferred for t in ties)):
+            if len(open_) > 1 or (open_ and any(a.inferred for a in ran)):
                 self.out.problems += [_problem(tie, self.c) for tie in ties]
                 continue
             chosen = tuple((j, None if j in open_ else next(iter(s))) for j, s in sorted(arguments.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ class SizeMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.types, self.ledger, self.ties = types, ledger, ties
+        self.calls: dict[object, set[Argument]] = defaultdict(set)  # of every view, by its place in the code
         self.device = device  # what tensors say they are on, if it is not where they are
 
     def __torch_function__(
@@ -82,13 +84,14 @@ class SizeMode(TorchFunctionMode):
         self._numbers(name, args, kwargs)
         whole = _WHOLE.get(name) if self.device is not None else None
         if whole is not None and self._without_values(args):
-            return self._typed(whole, tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
-        self.types.selecting = self._selected(name, args)
-        self.types.marking = name == "one_hot"
-        try:
-            out = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
-        finally:
-            self.types.selecting, self.types.marking = None, False
+            out = self._typed(whole, tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})
+        else:
+            self.types.selecting = self._selected(name, args)
+            self.types.marking = name == "one_hot"
+            try:
+                out = func(*(plain(a) for a in args), **{k: plain(v) for k, v in kwargs.items()})
+            finally:
+                self.types.selecting, self.types.marking = None, False
         handler = _HANDLERS.get(name)
         if handler is not None:
             try:
@@ -175,6 +178,9 @@ _WHOLE = {
     "scaled_dot_product_attention": _Whole(
         torch.ops.aten.scaled_dot_product_attention.default,
         lambda call: (*_SHAPE(call["query"])[:-1], _SHAPE(call["value"])[-1]),
+    ),
+    "one_hot": _Whole(
+        torch.ops.aten.one_hot.default, lambda call: (*_SHAPE(call["self"]), call["num_classes"])
     ),
 }
 
@@ -283,10 +289,15 @@ def _sized(mode: SizeMode, name: str, args: tuple[Any, ...], kwargs: dict[str, A
         return  # a view as another dtype
     source = mode.types.dims(args[0]) if name in _VIEWS else []
     inferred = any(int(s) == -1 for s in sizes)
+    arguments = []
     for j, (size, dim) in enumerate(zip(sizes, mode.types.dims(out), strict=True)):
+        like = next((i for i, d in enumerate(source) if axes.same(d, dim)), None)
+        arguments.append(argument := Argument(name, j, inferred, like))
         if int(size) != -1:
-            like = next((i for i, d in enumerate(source) if axes.same(d, dim)), None)
-            mode.tie(dim, size, Argument(name, j, inferred, like))
+            mode.tie(dim, size, argument)
+    if name in _VIEWS:
+        here = place()
+        mode.calls[here.code, here.instruction].update(arguments)
 
 
 @_handles("unflatten")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types as std
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from secateur.graph.engines import Engine, Fake, Light, Real
 from secateur.graph.ints import Attr, Ledger, TracedInt, watched
 from secateur.graph.rules import RULES, Call
 from secateur.graph.rules.pointwise import is_pointwise, pointwise
-from secateur.graph.sizes import SizeMode, Tie
+from secateur.graph.sizes import Argument, SizeMode, Tie
 from secateur.graph.swapping import swap_modules_
 from secateur.graph.types import Stored, Type, Types, TypingError, blame, everywhere
 
@@ -48,6 +48,7 @@ class Traced:
     types: Types
     ledger: Ledger
     ties: list[Tie]
+    calls: Mapping[object, Collection[Argument]]  # of views, by place in the code
     owners: dict[int, Owner]
     output: Any = field(repr=False)
     engine: str
@@ -176,12 +177,13 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
         stack.enter_context(_module_names(model, types))
         stack.enter_context(_RuleMode(types, engine))
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-        stack.enter_context(SizeMode(types, ledger, ties, device if how == "light" else None))
+        mode = SizeMode(types, ledger, ties, device if how == "light" else None)
+        stack.enter_context(mode)
         stack.enter_context(watched(ledger))
         ledger.listening = True
         output = model(*inputs[0], **inputs[1])
         ledger.listening = False
-    return Traced(types, ledger, ties, owners, output, how, swapped.names)
+    return Traced(types, ledger, ties, mode.calls, owners, output, how, swapped.names)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

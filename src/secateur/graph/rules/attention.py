@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from secateur.graph import axes
-from secateur.graph.axes import Dim
 from secateur.graph.rules.base import Call, rule
 from secateur.graph.types import Types, everywhere, meet
 
@@ -23,9 +22,8 @@ def _(types: Types, call: Call) -> None:
     (*Q, q, d), (*K, k, e), (*V, v, w) = (types.dims(t) for t in (query, key, value))
     types.unify(d, e)
     types.unify(k, v)
-    heads: Dim = ()
-    shared: list[Dim] = [q]  # along these the values are the same, zero or not
-    for i, (a, b, c) in enumerate(zip(Q, K, V, strict=True)):
+    shared = [q]  # along these the values are the same, zero or not
+    for a, b, c in zip(Q, K, V, strict=True):
         types.unify(b, c)
         if axes.extent(a) == axes.extent(b):
             types.unify(a, b)
@@ -34,10 +32,9 @@ def _(types: Types, call: Call) -> None:
             types.unify(a, (*b, *repeat))
             types.note(repeat, "repeat")
             shared.append(repeat)
-        if i == len(Q) - 1:
-            heads = a
-            types.note(a, "batch")
-            types.note(b, "batch")
+        types.note(a, "heads")  # wherever they stand: what comes from the input is frozen anyway
+        types.note(a, "batch")
+        types.note(b, "batch")
     types.note(d, "dot")
     types.note(w, "value")
     types.summed(d, types.of(query).live, types.of(key).live)
@@ -65,5 +62,3 @@ def _(types: Types, call: Call) -> None:
             else None
         )
         types.put(t, plain or [axes.fresh(n, "internal to attention") for n in t.shape])
-    if heads:
-        types.note(heads, "heads")
