@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from benchmarks import zoo
 from secateur.artifacts import load, save
@@ -32,6 +33,7 @@ from secateur.surgery import Plan, Surgery
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 Kept = dict[Group, list[int]]
 TOLERANCE = 1e-5
+TOLERANCE_DOUBLE = 1e-6
 
 
 def trace(model: nn.Module, example: Example) -> tuple[Graph, dict[str, Any]]:
@@ -174,7 +176,26 @@ def twin(graph: Graph, model: nn.Module, kept: Kept, pruned: nn.Module, example:
     found = outputs(pruned, example)
     error = difference(outputs(graph.masked_twin(exact), example), found)
     change = difference(outputs(model, example), found)
-    return {"groups": len(exact), "left_out": len(kept) - len(exact), **_compared(error, change)}
+    row = {"groups": len(exact), "left_out": len(kept) - len(exact), **_compared(error, change)}
+    if not row.get("ok", True) and (double := _in_double(model, exact, example)) <= TOLERANCE_DOUBLE:
+        # A network of random weights can amplify rounding; what is wrong would be as wrong in float64.
+        row |= {"ok": True, "error_in_float64": double}
+    return row
+
+
+def _in_double(model: nn.Module, kept: Kept, example: Example) -> float:
+    """The difference from the masked twin in float64, of copies."""
+
+    def wide(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    model = copy.deepcopy(model).double()
+    example = tree_map(wide, example)
+    graph, _ = trace(model, example)
+    groups = {g.name: g for g in graph.groups()}
+    kept = {groups[g.name]: indices for g, indices in kept.items()}
+    pruned, _, _ = prune(model, kept)
+    return difference(outputs(graph.masked_twin(kept), example), outputs(pruned, example))
 
 
 def _compared(error: float, change: float) -> dict[str, Any]:
