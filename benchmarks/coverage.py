@@ -59,7 +59,7 @@ def worker(name: str) -> None:
 
     if not (runner.stage("build", build) and runner.stage("trace", trace)):
         return
-    runner.stage("permute", lambda: stages.permute(got["graph"]))
+    runner.stage("permute", lambda: stages.permute(got["graph"], got["model"], got["example"]))
     if not runner.stage("prune", prune):
         return
     model, pruned, example = got["model"], got["pruned"], got["example"]

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,24 +177,35 @@ def twin(graph: Graph, model: nn.Module, kept: Kept, pruned: nn.Module, example:
     error = difference(outputs(graph.masked_twin(exact), example), found)
     change = difference(outputs(model, example), found)
     row = {"groups": len(exact), "left_out": len(kept) - len(exact), **_compared(error, change)}
-    if not row.get("ok", True) and (double := _in_double(model, exact, example)) <= TOLERANCE_DOUBLE:
-        # A network of random weights can amplify rounding; what is wrong would be as wrong in float64.
-        row |= {"ok": True, "error_in_float64": double}
+    return _decided(row, lambda: _twin_in_double(model, exact, example))
+
+
+def _decided(row: dict[str, Any], in_double: Callable[[], float]) -> dict[str, Any]:
+    """The row, which float64 decides where float32 failed.
+
+    A network of random weights can amplify rounding; what is wrong would be as wrong in float64.
+    """
+    if not row.get("ok", True) and (error := in_double()) <= TOLERANCE_DOUBLE:
+        row |= {"ok": True, "error_in_float64": error}
     return row
 
 
-def _in_double(model: nn.Module, kept: Kept, example: Example) -> float:
-    """The difference from the masked twin in float64, of copies."""
+def _double(model: nn.Module, example: Example) -> tuple[Graph, Example]:
+    """The graph of a copy in float64, and the example for it."""
 
     def wide(x: Any) -> Any:
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
-    model = copy.deepcopy(model).double()
     example = tree_map(wide, example)
-    graph, _ = trace(model, example)
+    return trace(copy.deepcopy(model).double(), example)[0], example
+
+
+def _twin_in_double(model: nn.Module, kept: Kept, example: Example) -> float:
+    """The difference from the masked twin in float64, of copies."""
+    graph, example = _double(model, example)
     groups = {g.name: g for g in graph.groups()}
     kept = {groups[g.name]: indices for g, indices in kept.items()}
-    pruned, _, _ = prune(model, kept)
+    pruned, _, _ = prune(graph.model, kept)
     return difference(outputs(graph.masked_twin(kept), example), outputs(pruned, example))
 
 
@@ -206,13 +217,20 @@ def _compared(error: float, change: float) -> dict[str, Any]:
     return row
 
 
-def permute(graph: Graph) -> dict[str, Any]:
+def permute(graph: Graph, model: nn.Module, example: Example) -> dict[str, Any]:
     """The permutation oracle on what the masked twin cannot prove: width, and groups that are not exact."""
     chosen = [g for g in graph.groups() if g.kind == "width" or not g.exact]
     if not chosen:
         return {"groups": 0}
     check = graph.verify(chosen)
-    return {"groups": len(chosen), **_compared(check.error, check.change)}
+    row = {"groups": len(chosen), **_compared(check.error, check.change)}
+    return _decided(row, lambda: _permuted_in_double(model, {g.name for g in chosen}, example))
+
+
+def _permuted_in_double(model: nn.Module, names: set[str], example: Example) -> float:
+    """What reordering the units of some groups changes in float64, of a copy."""
+    graph, _ = _double(model, example)
+    return graph.verify([g for g in graph.groups() if g.name in names]).error
 
 
 def roundtrip(name: str, pruned: nn.Module, plan: Plan, example: Example, folder: Path) -> dict[str, Any]:

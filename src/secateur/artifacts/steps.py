@@ -191,7 +191,8 @@ def _cuts(data: Any) -> Cuts:
             raise ArtifactError(
                 f"The surgery is damaged: the cut of {name} is not for its shape, {list(shape)}."
             )
-    for name, scale in cuts.scales.items():
+    kept_scales = [(f"attention in {m}", (s,)) for m, _, s in cuts.kept_scales]
+    for name, scale in (*cuts.scales.items(), *kept_scales):
         if not all(map(math.isfinite, scale)):
             raise ArtifactError(f"The surgery is damaged: the scale of {name} is not finite.")
     for edit in cuts.edits:

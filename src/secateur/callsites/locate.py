@@ -1,19 +1,20 @@
-"""From a running frame to the `view` or `reshape` call in the source."""
+"""From a running frame to the `view`, `reshape` or attention call in the source."""
 
 from __future__ import annotations
 
 import ast
 import dis
 from itertools import islice
-from types import CodeType
+from types import CodeType, ModuleType
 
+from secateur.callsites.attention import check_attention
 from secateur.callsites.patch import made_here
-from secateur.callsites.sites import CallSite, Reason, take_apart, word
+from secateur.callsites.sites import ATTENTION, CallSite, Reason, called, take_apart, word
 from secateur.callsites.sources import CallSiteError, Unit, features, loaded, module_of, same, units
 
 
 def locate(code: CodeType, lasti: int, module: str | None = None) -> CallSite | Reason:
-    """The `view` or `reshape` call that a frame is in.
+    """The `view`, `reshape` or attention call that a frame is in.
 
     Args:
         code: `f_code` of the frame, of code as it was imported or as `apply_edits` made it.
@@ -22,7 +23,8 @@ def locate(code: CodeType, lasti: int, module: str | None = None) -> CallSite | 
 
     Returns:
         The call, or the reason why it cannot be repaired: no source, a source that is not what runs, sizes
-        that are computed elsewhere (`x.view(shape)`, `x.view(*shape)`), or another function.
+        that are computed elsewhere (`x.view(shape)`, `x.view(*shape)`), a scale that is given, or another
+        function.
     """
     if not hasattr(code, "co_positions"):
         return Reason("Python 3.10 does not keep the positions of calls: repairing them needs Python 3.11.")
@@ -37,20 +39,34 @@ def locate(code: CodeType, lasti: int, module: str | None = None) -> CallSite | 
             )
         if not _runs(unit, code):
             raise CallSiteError("The source is not what runs: it was changed after the import, or by a tool.")
-        parts = take_apart(call, unit, home)
+        func, sizes = _understood(call, unit, home, code)
     except CallSiteError as error:
         return Reason(f"{code.co_filename}:{_line(code, lasti)}: {error}")
-    line, column = word(parts.func)
+    line, column = word(func)
     return CallSite(
         unit.module,
         unit.qualname,
         unit.sha256,
         line - unit.first,
         column,
-        parts.func.attr,
-        tuple(ast.unparse(size) for size in parts.sizes),
+        called(func),
+        sizes,
         f"{code.co_filename}:{line}",
     )
+
+
+def _understood(
+    call: ast.Call, unit: Unit, home: ModuleType, code: CodeType
+) -> tuple[ast.Attribute | ast.Name, tuple[str, ...]]:
+    """What is called, and its sizes as they are written; `CallSiteError` if it cannot be repaired."""
+    func = call.func
+    if isinstance(func, ast.Attribute | ast.Name) and called(func) == ATTENTION:
+        if code.co_qualname != unit.qualname:
+            raise CallSiteError(f"{ATTENTION} is called by a function inside {unit.qualname}.")
+        check_attention(call, unit)
+        return func, ()
+    parts = take_apart(call, unit, home)
+    return parts.func, tuple(ast.unparse(size) for size in parts.sizes)
 
 
 def _line(code: CodeType, lasti: int) -> int:

@@ -1,7 +1,7 @@
 """Edits of calls in the syntax tree of a function.
 
--1 simply takes the argument's place. A size of the receiver needs the receiver twice, and it must be
-evaluated once: `f(x).reshape(B, N, C)` becomes
+Attention gets one more argument. For sizes, -1 simply takes the argument's place. A size of the receiver
+needs the receiver twice, and it must be evaluated once: `f(x).reshape(B, N, C)` becomes
 
     (lambda r, s0, s1, s2: r.reshape(s0, r.shape[1], s2))(f(x), B, None, C)
 
@@ -22,7 +22,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from types import CodeType, ModuleType
 
-from secateur.callsites.sites import Edit, Parts, take_apart, word
+from secateur.callsites.attention import with_scale
+from secateur.callsites.sites import ATTENTION, Edit, Parts, take_apart, word
 from secateur.callsites.sources import CallSiteError, Function, Unit
 
 _RECEIVER = "_secateur_receiver"
@@ -53,10 +54,13 @@ class _Editor(ast.NodeTransformer):
         self.unit, self.module, self.wanted = unit, module, wanted
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        place = word(node.func) if isinstance(node.func, ast.Attribute) else (0, 0)
+        place = word(node.func) if isinstance(node.func, ast.Attribute | ast.Name) else (0, 0)
         edits = self.wanted.pop(place, None)
         if edits is None:
             return self.generic_visit(node)
+        if edits[0].method == ATTENTION:
+            self.generic_visit(node)
+            return with_scale(node, self.unit, edits[0])
         parts = take_apart(node, self.unit, self.module)
         dimensions = _dimensions(edits, parts)
         self.generic_visit(node)  # after it was taken apart: the receiver may hold another call to edit

@@ -1,4 +1,4 @@
-"""Calls of `view` and `reshape` in somebody's source, and edits of them as plain data."""
+"""Calls of `view`, `reshape` and attention in somebody's source, and edits of them as plain data."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from secateur.callsites.sources import CallSiteError, Unit, attribute
 from secateur.core.errors import ArtifactError
 
 METHODS = ("view", "reshape")
+ATTENTION = "scaled_dot_product_attention"
 _MOST_SIZES = 64  # more dimensions than torch allows a tensor
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _QUALNAME = re.compile(r"([^\W\d]\w*\.)*([^\W\d]\w*|<lambda>)")
@@ -35,16 +36,17 @@ class Reason:
 class Edit:
     """One size argument of one call, replaced by -1 or by the receiver's `shape[dimension]`.
 
-    It is plain data, and it says no more than which size to take from where: no code is read from a file.
+    Or a call of attention without a scale, which takes it from its module where the module keeps one. It is
+    plain data, and it says no more than which number to take from where: no code is read from a file.
 
     Attributes:
         module: where the function is defined, "torchvision.models.swin_transformer".
         qualname: of the outermost function around the call.
         source: SHA-256 of the text of that function.
-        line: of the word `view` or `reshape`, counted from the first line of the function.
+        line: of the name of what is called, counted from the first line of the function.
         column: of that word, in bytes of UTF-8, as Python counts.
-        method: "view" or "reshape".
-        argument: which size, counted from 0.
+        method: "view", "reshape" or "scaled_dot_product_attention".
+        argument: which size, counted from 0; of attention 0.
         dimension: None for -1, or the dimension of the receiver that has this size.
     """
 
@@ -58,11 +60,20 @@ class Edit:
     dimension: int | None
 
     @property
+    def kept_in(self) -> str:
+        """The attribute of the module that an edited call of attention takes its scale from, its own one."""
+        return f"_secateur_scale_{self.source[:8]}_{self.line}_{self.column}"
+
+    @property
     def function(self) -> tuple[str, str, str]:
         """Module, name and source of the function."""
         return self.module, self.qualname, self.source
 
     def __str__(self) -> str:
+        if self.method == ATTENTION:
+            return (
+                f"{self.module}.{self.qualname} line +{self.line}, {ATTENTION}: scale as the module keeps it"
+            )
         new = "-1" if self.dimension is None else f"shape[{self.dimension}]"
         return (
             f"{self.module}.{self.qualname} line +{self.line}, {self.method}: size {self.argument} as {new}"
@@ -102,7 +113,7 @@ _SOUND = {
     "source": _is_text(_SHA256),
     "line": _is_below(2**31),
     "column": _is_below(2**31),
-    "method": lambda value: isinstance(value, str) and value in METHODS,
+    "method": lambda value: isinstance(value, str) and value in (*METHODS, ATTENTION),
     "argument": _is_below(_MOST_SIZES),
     "dimension": lambda value: value is None or _is_below(_MOST_SIZES)(value),
 }
@@ -110,10 +121,10 @@ _SOUND = {
 
 @dataclass(frozen=True)
 class CallSite:
-    """A `view` or `reshape` call in somebody's source.
+    """A call of `view`, `reshape` or attention in somebody's source.
 
     Attributes:
-        sizes: the size arguments as they are written; `edit` counts them from 0.
+        sizes: the size arguments as they are written; `edit` counts them from 0. Of attention none.
         path: file and line, for messages.
         The others are as in `Edit`.
     """
@@ -135,8 +146,17 @@ class CallSite:
         """
         if not 0 <= argument < len(self.sizes):
             raise CallSiteError(f"{self} has {len(self.sizes)} sizes, and none is number {argument}.")
-        place = (self.module, self.qualname, self.source, self.line, self.column, self.method)
-        return Edit(*place, argument, dimension)
+        return Edit(*self._place, argument, dimension)
+
+    def scale(self) -> Edit:
+        """Take the scale of this call of attention from the module, where it keeps one."""
+        if self.method != ATTENTION:
+            raise CallSiteError(f"{self} has no scale.")
+        return Edit(*self._place, 0, None)
+
+    @property
+    def _place(self) -> tuple[str, str, str, int, int, str]:
+        return self.module, self.qualname, self.source, self.line, self.column, self.method
 
     def __str__(self) -> str:
         return f"{self.method}({', '.join(self.sizes)}) at {self.path}"
@@ -161,10 +181,15 @@ class Parts:
     holder: ast.List | ast.Tuple | None
 
 
-def word(func: ast.Attribute) -> tuple[int, int]:
-    """Line and column of the name after the dot. No two calls share it, and their starts they may."""
+def word(func: ast.Attribute | ast.Name) -> tuple[int, int]:
+    """Line and column of the name after the last dot. No two calls share it, and their starts they may."""
     assert func.end_lineno is not None and func.end_col_offset is not None  # both are set by the parser
-    return func.end_lineno, func.end_col_offset - len(func.attr.encode())
+    return func.end_lineno, func.end_col_offset - len(called(func).encode())
+
+
+def called(func: ast.Attribute | ast.Name) -> str:
+    """What is called, without what stands before the dot."""
+    return func.attr if isinstance(func, ast.Attribute) else func.id
 
 
 def take_apart(call: ast.Call, unit: Unit, module: ModuleType) -> Parts:

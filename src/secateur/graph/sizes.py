@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from secateur.callsites import ATTENTION
 from secateur.graph import axes
 from secateur.graph.axes import Dim
 from secateur.graph.ints import Expr, Ledger, Op, Size, TracedInt, expr_of, plain
 from secateur.graph.rules import RULES, Call
+from secateur.graph.scales import DefaultScales
 from secateur.graph.types import Columns, Place, Types, blame, place
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -64,6 +66,7 @@ class SizeMode(TorchFunctionMode):
         super().__init__()
         self.types, self.ledger, self.ties = types, ledger, ties
         self.calls: dict[object, set[Argument]] = defaultdict(set)  # of every view, by its place in the code
+        self.scales = DefaultScales(types)
         self.device = device  # what tensors say they are on, if it is not where they are
 
     def __torch_function__(
@@ -82,6 +85,8 @@ class SizeMode(TorchFunctionMode):
         if name in ("numel", "nelement", "__len__") and isinstance(args[0], Tensor):
             return self._count(func, name, args[0])
         self._numbers(name, args, kwargs)
+        if name == ATTENTION and kwargs.get("scale") is None:
+            kwargs = kwargs | {"scale": self.scales.of(args[0] if args else kwargs["query"])}
         whole = _WHOLE.get(name) if self.device is not None else None
         if whole is not None and self._without_values(args):
             out = self._typed(whole, tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()})

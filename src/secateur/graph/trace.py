@@ -239,10 +239,10 @@ def _python_wrappers_run() -> Iterator[None]:
 @contextmanager
 def _module_names(model: nn.Module, types: Types) -> Iterator[None]:
     """While this holds, `types.modules` names the modules that are running, the innermost last."""
-    names = {id(m): n for n, m in model.named_modules()}
+    types.names.update((id(m), n) for n, m in model.named_modules())
 
     def enter(module: nn.Module, args: Any) -> None:
-        types.modules.append(names.get(id(module), ""))
+        types.modules.append(types.names.get(id(module), ""))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         types.modules.pop()

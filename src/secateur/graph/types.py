@@ -19,6 +19,7 @@ import jaxtyping
 import torch
 from torch import Tensor
 
+from secateur.callsites import Edit
 from secateur.graph import axes
 from secateur.graph.axes import Axis, Dim
 
@@ -72,14 +73,21 @@ class Place:
 
 def place() -> Place:
     """Where the code outside torch and this package stands that made the present call."""
-    frame = sys._getframe(1)
-    found = frame
+    found = calling()
+    if found is None:
+        return Place("torch", sys._getframe(1).f_lineno)
+    return Place(found.f_code.co_filename, found.f_lineno, found.f_code, found.f_lasti)
+
+
+def calling() -> FrameType | None:
+    """The innermost frame outside torch and this package."""
+    found: FrameType | None = sys._getframe(1)
     while found is not None:
         name = found.f_code.co_filename
         if not name.startswith(_HIDDEN) and "contextlib" not in name:
-            return Place(name, found.f_lineno, found.f_code, found.f_lasti)
-        found = found.f_back  # type: ignore[assignment]
-    return Place("torch", frame.f_lineno)
+            return found
+        found = found.f_back
+    return None
 
 
 def called_from_outside() -> bool:
@@ -130,6 +138,21 @@ class Inexact:
     live: frozenset[Axis] = NONE  # of what is normalised: a norm can make good only what is zero there
 
 
+@dataclass(frozen=True)
+class DefaultScale:
+    """A call of attention that takes its scale from the size of `dim`, and could take it from its module.
+
+    Attributes:
+        scale: before anything is cut.
+        edit: what the source would need for it.
+    """
+
+    dim: Dim
+    module: str
+    scale: float
+    edit: Edit
+
+
 @dataclass
 class Types:
     """Types of all tensors of one trace, and what was noted on the way."""
@@ -146,6 +169,8 @@ class Types:
     selecting: Value | None = None  # what a tensor used as a single index counts
     untouched: set[str] = field(default_factory=set)  # parameters that a masked twin leaves as they are
     modules: list[str] = field(default_factory=list)  # names of the modules that are running
+    names: dict[int, str] = field(default_factory=dict)  # of all modules, by id
+    scales: list[DefaultScale] = field(default_factory=list)  # that a module can keep as they were trained
     anonymous: list[Tensor] = field(default_factory=list)
 
     def of(self, tensor: Tensor) -> Type:

@@ -63,6 +63,8 @@ def carry_out(model: nn.Module, cuts: Cuts, optimizers: Iterable[Optimizer] = ()
                     journal.set_item(owner, key, new[name])
         for attribute in cuts.attributes:
             _set(model, attribute, journal)
+        for module, name, scale in cuts.kept_scales:
+            _keep(model, module, name, scale, journal)
         _follow(model, journal)
         replaced = _replaced(model, cuts, journal, new)
         for optimizer in optimizers:
@@ -150,6 +152,17 @@ def _set(model: nn.Module, attribute: Attribute, journal: Journal) -> None:
     _expect(attribute, entries[attribute.index])
     entries[attribute.index] = attribute.new
     journal.set_item(own, attribute.name, type(value)(entries))
+
+
+def _keep(model: nn.Module, module: str, name: str, scale: float, journal: Journal) -> None:
+    try:
+        own = vars(model.get_submodule(module))
+    except AttributeError as error:
+        raise SurgeryError(
+            f"The surgery keeps a scale in {module}, which the model lacks ({error})."
+        ) from None
+    journal.done(lambda: own.pop(name, None))
+    own[name] = scale
 
 
 def _expect(attribute: Attribute, found: Any) -> None:

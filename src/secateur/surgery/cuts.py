@@ -66,6 +66,7 @@ class Cuts:
         scales: factors by which what is left of a tensor is multiplied, `(w + offset) * factor - offset`.
         swaps: modules whose class is exchanged for one that reads sizes from its weights.
         edits: calls in source code, each as plain data.
+        kept_scales: scales of attention that modules keep as they were trained, by module and attribute.
         expressed: whether the model's own configuration, as the attributes set it, describes what is left.
     """
 
@@ -76,6 +77,7 @@ class Cuts:
     swaps: tuple[str, ...] = ()
     edits: tuple[Mapping[str, Any], ...] = ()
     expressed: bool = False
+    kept_scales: tuple[tuple[str, str, float], ...] = ()
 
     def mask(self, tensor: str, dim: int) -> Tensor:
         """Which indices of a dimension are kept. Bool `[size]`."""
@@ -133,6 +135,7 @@ class Cuts:
             "swaps": list(self.swaps),
             "edits": [dict(e) for e in self.edits],
             "expressed": self.expressed,
+            "kept_scales": [list(s) for s in self.kept_scales],
         }
 
     @classmethod
@@ -213,7 +216,8 @@ def _read(data: Any) -> Cuts:
     )
     scales = {str(n): (_number(f), _number(o)) for n, (f, o) in data["scales"].items()}
     swaps, edits = tuple(map(str, data["swaps"])), tuple(data["edits"])
-    return Cuts(cut_axes, tensors, attributes, scales, swaps, edits, data["expressed"] is True)
+    kept_scales = tuple((str(m), _kept_in(a), _number(s)) for m, a, s in data["kept_scales"])
+    return Cuts(cut_axes, tensors, attributes, scales, swaps, edits, data["expressed"] is True, kept_scales)
 
 
 def _natural(n: Any) -> int:
@@ -232,6 +236,12 @@ def _identifier(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
         raise ArtifactError(f"The surgery names {name!r}, which is no plain attribute.")
     return name
+
+
+def _kept_in(name: Any) -> str:
+    if not _identifier(name).startswith("_secateur_scale_"):
+        raise ArtifactError(f"The surgery keeps a scale as {name!r}, which is no name for one.")
+    return str(name)
 
 
 def _step(step: Any) -> str | tuple[str, str]:

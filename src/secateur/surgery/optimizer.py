@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,9 +38,8 @@ def migrate(
             state[old] = entry
 
         journal.done(put_back)
-        with torch.no_grad():
-            state[new] = {
-                key: cut(value) if isinstance(value, Tensor) and value.shape == old.shape else value
-                for key, value in entry.items()
-            }
+        state[new] = {
+            key: cut(value.detach()) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in entry.items()
+        }
         del state[old]

@@ -15,10 +15,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur.callsites import in_force
+from secateur.callsites import Edit, in_force
 from secateur.core.errors import ArtifactError, SurgeryError
 from secateur.core.files import write_text
-from secateur.graph import Cost, Graph, Group
+from secateur.graph import Cost, Graph, Group, axes
 from secateur.graph.ints import Attr
 from secateur.graph.plan import Sizes, Solution
 from secateur.printing import printed
@@ -179,8 +179,10 @@ def make_plan(surgery: Surgery) -> Plan:
     attributes = tuple(_attribute(graph, a, n) for a, n in solution.attrs.items())
     scales, floats, notes = rescaled_norms(graph, cut)
     defined = {type(m).__module__ for m in graph.model.modules()}
-    edits = list(dict.fromkeys((*edits_of(solution.repairs), *in_force(defined))))
     size = Sizes({g.axis: n for g, n in counts.items()})
+    kept_scales = [s for s in graph.types.scales if size(s.dim) != axes.extent(s.dim)]
+    wanted = (*edits_of(solution.repairs), *(s.edit for s in kept_scales))
+    edits = list(dict.fromkeys((*wanted, *in_force(defined))))
     fields, misfit = config_edits(graph, size, tensors, (*attributes, *floats))
     if misfit is not None and cut:
         notes.append(f"config.json cannot express the result, since {misfit}: sc.load rebuilds it instead.")
@@ -192,8 +194,10 @@ def make_plan(surgery: Surgery) -> Plan:
         graph.swapped,
         tuple(e.to_dict() for e in edits),
         misfit is None and not edits and not graph.swapped and bool(fields or attributes),
+        tuple(dict.fromkeys((s.module, s.edit.kept_in, s.scale) for s in kept_scales)),
     )
-    return Plan(surgery, cuts, graph.cost(), graph.cost(counts), (*notes, *_notes(cut, solution)))
+    notes += _notes(cut, solution, dict.fromkeys(s.edit for s in kept_scales))
+    return Plan(surgery, cuts, graph.cost(), graph.cost(counts), tuple(notes))
 
 
 def _attribute(graph: Graph, attr: Attr, new: int) -> Attribute:
@@ -213,13 +217,18 @@ def _refusal(solution: Solution, graph: Graph) -> str:
     )
 
 
-def _notes(cut: Mapping[Group, tuple[int, ...]], solution: Solution) -> Iterator[str]:
+def _notes(cut: Mapping[Group, tuple[int, ...]], solution: Solution, scales: Iterable[Edit]) -> Iterator[str]:
     for group in cut:
         if not group.exact:
             yield f"{group}: removing is not the same as zeroing, since it is {group.inexact[0]}."
     for repair in solution.repairs:
         where = f"{repair.call} at {repair.place}"
         yield f"{where} holds a size that changes: it is read from the tensor instead."
+    for edit in scales:
+        yield (
+            f"{edit.module}.{edit.qualname} leaves the scale of attention to the size of a head, which "
+            "changes: the trained scale is given instead."
+        )
 
 
 def replay_(

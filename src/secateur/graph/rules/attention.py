@@ -39,8 +39,7 @@ def _(types: Types, call: Call) -> None:
     types.note(w, "value")
     types.summed(d, types.of(query).live, types.of(key).live)
     types.changes(k, "softmax over it")
-    if call["scale"] is None:
-        types.note(d, "default_scale")
+    if call["scale"] is None:  # called by no Python code: see `graph.scales`
         types.changes(d, "the default scale of attention depends on its size")
     full = [*Q, q, k]
     for mask in call.tensors[3:]:
