@@ -14,7 +14,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for all modules, each put back to its own mode afterwards."""
     # Not `model.train(was)`: a frozen norm inside a training model has a mode of its own.
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):
+        model.eval()
     try:
         yield
     finally:
@@ -35,7 +36,10 @@ def unfused() -> Iterator[None]:
 
 def drop_caches(model: nn.Module) -> None:
     """Forget what some models compute from their weights once, in evaluation mode, and drop on `train`."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    if all(type(m).train is nn.Module.train and "train" not in vars(m) for m in modules):
+        return
+    modes = [(module, module.training) for module in modules]
     try:
         model.train()
     finally:

@@ -68,7 +68,7 @@ def atoms(dim: Iterable[Axis]) -> list[Axis]:
     """The finest known factors: leaves and sums. Axes of size 1 vanish."""
     out: list[Axis] = []
     for axis in dim:
-        root = resolve(axis)
+        root = resolve(axis) if axis.link is not None else axis
         if root.size == 1:
             continue
         if root.factors is not None:
@@ -96,7 +96,13 @@ def terms_of(axis: Axis) -> list[Dim]:
 def leaves(dim: Iterable[Axis]) -> dict[Axis, None]:
     """The leaves that a dimension is made of, in order, each once."""
     found: dict[Axis, None] = {}
-    _gather(dim, found, set())
+    seen: set[Axis] | None = None
+    for axis in atoms(dim):
+        if axis.terms is None:
+            found[axis] = None
+        else:
+            seen = set() if seen is None else seen
+            _gather((axis,), found, seen)
     return found
 
 
@@ -113,7 +119,8 @@ def _gather(dim: Iterable[Axis], found: dict[Axis, None], seen: set[Axis]) -> No
 def frozen_reason(dim: Iterable[Axis]) -> str | None:
     """The reason if nothing of the dimension can be cut, else None. Size 1 counts as frozen."""
     reason = "of size 1"
-    for leaf in leaves(dim):
+    found = atoms(dim)
+    for leaf in found if all([axis.terms is None for axis in found]) else leaves(found):
         if leaf.frozen is None:
             return None
         reason = leaf.frozen
@@ -149,7 +156,7 @@ def same(a: Dim, b: Dim) -> bool:
 
 def unify(a: Dim, b: Dim, blame: Blame) -> bool:
     """Make two dimensions of one size the same; where that is impossible, freeze both. Whether it worked."""
-    if a == b:
+    if a == b or (len(a) == len(b) == 1 and resolve(a[0]) is resolve(b[0])):
         return True
     if extent(a) != extent(b):
         return _give_up(a, b, f"sizes {extent(a)} and {extent(b)} meet", blame)

@@ -94,20 +94,16 @@ class Light:
         return _meta(t) if t.is_meta or t.numel() > _CHEAP else t.detach().cpu().clone()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-        found: list[Tensor] = []
-
-        def shadow(t: Tensor) -> Tensor:
-            found.append(s := self._shadow(t))
-            return s
-
-        args = tuple(_mapped(shadow, a) for a in args)
-        kwargs = {k: _mapped(shadow, v) for k, v in kwargs.items()} if kwargs else kwargs
-        empty = any(t.is_meta for t in found) or (not found and _asks_for_much(args))
-        if empty and found:
-            args = tuple(_mapped(self._emptied, a) for a in args)
-            kwargs = {k: _mapped(self._emptied, v) for k, v in kwargs.items()} if kwargs else kwargs
-            if func._schema.is_mutable:
-                self._taint(found, args)
+        found = [t for a in args for t in _tensors(a)]
+        if kwargs:
+            found += [t for v in kwargs.values() for t in _tensors(v)]
+        empty = any([self._is_empty(t) for t in found]) if found else _asks_for_much(args)
+        if found:
+            target, stand_in = found[0], self._emptied if empty else self._shadow
+            args = tuple([_mapped(stand_in, a) for a in args])
+            kwargs = {k: _mapped(stand_in, v) for k, v in kwargs.items()} if kwargs else kwargs
+            if empty and not target.is_meta and func._schema.is_mutable and isinstance(args[0], Tensor):
+                self._shadows[id(target)] = target, args[0]  # what was written into it has no values
         if _takes_device(func):
             empty = empty or kwargs.get("device") == _META  # asked for by name: without values
             kwargs = {**kwargs, "device": _META if empty else _CPU}
@@ -115,36 +111,49 @@ class Light:
         quick = _QUICK.get(func) if empty else None
         return (quick or func)(*args, **kwargs), args, kwargs
 
+    def _is_empty(self, t: Tensor) -> bool:
+        """Whether what stands for a tensor has no values."""
+        known = self._shadows.get(id(t))
+        if known is not None:
+            return known[1].is_meta
+        return t.is_meta or not self._is_cheap(t)
+
+    def _is_cheap(self, t: Tensor) -> bool:
+        """Whether a tensor is an intermediate one, or a small buffer."""
+        stored = self._types.stored.get(id(t))
+        return stored is None or not (stored.is_parameter or t.is_meta or t.numel() > _CHEAP)
+
     def _shadow(self, t: Tensor) -> Tensor:
         """What stands for a tensor: its own shape for a parameter, a copy for a small buffer."""
         known = self._shadows.get(id(t))
         if known is not None:
             return known[1]
-        stored = self._types.stored.get(id(t))
-        if stored is None:
+        if id(t) not in self._types.stored:
             return t
-        cheap = not stored.is_parameter and not t.is_meta and t.numel() <= _CHEAP
-        made = t.detach().cpu().clone() if cheap else _meta(t)
+        made = t.detach().cpu().clone() if self._is_cheap(t) else _meta(t)
         self._types.stand_in(made, t)
         self._shadows[id(t)] = t, made
         return made
 
     def _emptied(self, t: Tensor) -> Tensor:
-        """The same tensor without values."""
-        if t.is_meta:
+        """What stands for a tensor among others without values."""
+        known = self._shadows.get(id(t)) or self._metas.get(id(t))
+        if known is not None and known[1].is_meta:
+            return known[1]
+        if t.is_meta and id(t) not in self._types.stored:
             return t
-        known = self._metas.get(id(t))
-        if known is None:
-            known = t, _meta(t)
-            self._types.stand_in(known[1], t)
-            self._metas[id(t)] = known
-        return known[1]
+        made = _meta(t)
+        self._types.stand_in(made, t)
+        self._metas[id(t)] = t, made
+        return made
 
-    def _taint(self, found: list[Tensor], args: tuple[Any, ...]) -> None:
-        """A tensor with values into which one without was written has none any more."""
-        target = found[0]
-        if not target.is_meta and isinstance(args[0], Tensor):
-            self._shadows[id(target)] = target, args[0]
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, (list, tuple)):
+        return [t for v in x for t in _tensors(v)]
+    return []
 
 
 def _meta(t: Tensor) -> Tensor:
@@ -154,8 +163,8 @@ def _meta(t: Tensor) -> Tensor:
 def _mapped(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     if isinstance(x, Tensor):
         return function(x)
-    if isinstance(x, list | tuple) and any(isinstance(v, Tensor | list | tuple) for v in x):
-        return type(x)(_mapped(function, v) for v in x)
+    if isinstance(x, (list, tuple)) and any([isinstance(v, (Tensor, list, tuple)) for v in x]):
+        return type(x)([_mapped(function, v) for v in x])
     return x
 
 

@@ -307,9 +307,8 @@ def _finish(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], t
 def _rms_norms(model: nn.Module, types: Types) -> dict[str, RmsForm]:
     """Norms whose weight can take up a change of the mean of squares."""
     found = {}
-    modules = dict(model.named_modules())
-    for name in {event.module for event in types.inexact}:
-        form = rms_form(modules[name]) if name in modules else None
+    for name in {event.module for event in types.inexact} & set(types.names.values()):
+        form = rms_form(model.get_submodule(name))
         if form is not None:
             found[name] = form
     return found

@@ -21,6 +21,8 @@ class Exchanged:
 def swap_modules_(model: nn.Module) -> Exchanged:
     """Exchange the classes of all such modules that are not exchanged yet."""
     touched = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention | nn.TransformerEncoder)]
+    if not touched:
+        return Exchanged((), lambda: None)
     saved = [(m, type(m), dict(vars(m))) for m in touched]
     try:
         before = {name for name, m in model.named_modules() if isinstance(m, SlimMultiheadAttention)}

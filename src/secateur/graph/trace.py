@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types as std
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from secateur.core.modes import drop_caches, evaluation, unfused
 from secateur.graph import axes
 from secateur.graph.engines import Engine, Fake, Light, Real
 from secateur.graph.ints import Attr, Ledger, TracedInt, watched
-from secateur.graph.rules import RULES, Call
+from secateur.graph.rules import RULES, Call, Rule
 from secateur.graph.rules.pointwise import is_pointwise, pointwise
 from secateur.graph.sizes import Argument, SizeMode, Tie
 from secateur.graph.swapping import swap_modules_
@@ -38,6 +38,8 @@ _UNTRACED = frozenset(
         "_version",
     ]
 )
+_SIMPLE = frozenset([int, float, bool, str, tuple, list, type(None)])
+_PARTS = frozenset(["_parameters", "_buffers", "_modules"])  # of a module
 _LONGEST = 64  # entries of a tuple or list of sizes
 
 
@@ -88,28 +90,31 @@ class _RuleMode(TorchDispatchMode):
     def __init__(self, types: Types, engine: Engine) -> None:
         super().__init__()
         self.types, self.engine = types, engine
+        self._known: dict[int, tuple[str, Rule | None]] = {}  # by id, since hashing operators is slow
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out, args, kwargs = self.engine.run(func, args, kwargs or {})
-        name = func._schema.name
+        name, rule = self._known.get(id(func)) or self._look_up(func)
         if name.startswith("prim::"):
             return out
         self.types.operators[name] += 1
         call = Call(func, name, args, kwargs, out)
-        overload = RULES.get(f"{name}.{func._schema.overload_name}")
-        rule = overload or RULES.get(name)
         try:
-            if rule is not None:
-                rule(self.types, call)
-            elif is_pointwise(func, name.rpartition("::")[2]):
-                pointwise(self.types, call)
-            else:
+            if rule is None:
                 raise TypingError("no rule")
+            rule(self.types, call)
         except Exception as error:
             self._refuse(call, error)
         return out
+
+    def _look_up(self, func: Any) -> tuple[str, Rule | None]:
+        name = func._schema.name
+        rule = RULES.get(f"{name}.{func._schema.overload_name}") or RULES.get(name)
+        if rule is None and is_pointwise(func, name.rpartition("::")[2]):
+            rule = pointwise
+        return self._known.setdefault(id(func), (name, rule))
 
     def _refuse(self, call: Call, error: Exception) -> None:
         """Freeze all that the call touches: what is not understood is not cut."""
@@ -163,7 +168,9 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
     engine: Engine = Light(types) if how == "light" else Fake() if how == "fake" else Real()
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
-        stack.enter_context(_untouched(model))
+        drop_caches(model)
+        modules = list(model.named_modules())
+        stack.enter_context(_untouched(m for _, m in modules))
         stack.enter_context(unfused())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -173,8 +180,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
         inputs = _inputs((args, dict(kwargs)), engine)
         swapped = swap_modules_(model)
         stack.callback(swapped.undo)
-        owners = stack.enter_context(_traced_attributes(model, ledger))
-        stack.enter_context(_module_names(model, types))
+        owners = stack.enter_context(_traced_attributes(modules, ledger))
+        stack.enter_context(_module_names(modules, types))
         stack.enter_context(_RuleMode(types, engine))
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         mode = SizeMode(types, ledger, ties, device if how == "light" else None)
@@ -237,9 +244,9 @@ def _python_wrappers_run() -> Iterator[None]:
 
 
 @contextmanager
-def _module_names(model: nn.Module, types: Types) -> Iterator[None]:
+def _module_names(modules: Sequence[tuple[str, nn.Module]], types: Types) -> Iterator[None]:
     """While this holds, `types.modules` names the modules that are running, the innermost last."""
-    types.names.update((id(m), n) for n, m in model.named_modules())
+    types.names.update((id(module), name) for name, module in modules)
 
     def enter(module: nn.Module, args: Any) -> None:
         types.modules.append(types.names.get(id(module), ""))
@@ -259,10 +266,9 @@ def _module_names(model: nn.Module, types: Types) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward pass stores in modules, after dropping caches that evaluation mode keeps."""
-    drop_caches(model)
-    saved = [(m, dict(vars(m)), _containers(vars(m)), dict(m._buffers)) for m in model.modules()]
+def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what a forward pass stores in modules."""
+    saved = [(m, dict(vars(m)), _containers(vars(m)), dict(m._buffers)) for m in modules]
     try:
         yield
     finally:
@@ -271,20 +277,24 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             for name in [n for n in own if n not in attributes]:
                 del own[name]
             own.update(attributes)
-            for name, content in containers.items():
-                live = own[name]
-                live.clear()
-                live.update(content) if isinstance(live, dict) else live.extend(content)
+            for name, live in attributes.items():
+                if type(live) in (dict, list) and (live or name in containers):
+                    content = containers.get(name, ())
+                    live.clear()
+                    live.update(content) if isinstance(live, dict) else live.extend(content)
             module._buffers.clear()
             module._buffers.update(buffers)
 
 
 def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: type(v)(v) for k, v in attributes.items() if type(v) in (dict, list)}
+    """Copies of the dicts and lists that are not empty."""
+    return {k: type(v)(v) for k, v in attributes.items() if type(v) in (dict, list) and v}
 
 
 @contextmanager
-def _traced_attributes(model: nn.Module, ledger: Ledger) -> Iterator[dict[int, Owner]]:
+def _traced_attributes(
+    modules: Iterable[tuple[str, nn.Module]], ledger: Ledger
+) -> Iterator[dict[int, Owner]]:
     """While this holds, integers that modules and their configurations keep know where they come from."""
     owners: dict[int, Owner] = {}
     undo: list[tuple[dict[str, Any], str, Any]] = []
@@ -295,21 +305,18 @@ def _traced_attributes(model: nn.Module, ledger: Ledger) -> Iterator[dict[int, O
         ledger.values[attr] = value
         return TracedInt(value, attr, ledger)
 
-    for owner in owners_of(model):
+    for owner in _owners(modules):
         own = vars(owner.object)
+        key = id(owner.object)
         for name, value in list(own.items()):
-            if name in _UNTRACED and owner.is_module:
+            kind = type(value)
+            if kind not in (int, tuple, list) or (name in _UNTRACED and owner.is_module):
                 continue
-            key = id(owner.object)
             replaced = value
-            if type(value) is int:
+            if kind is int:
                 replaced = traced(value, Attr(key, name))
-            elif (
-                type(value) in (tuple, list)
-                and 0 < len(value) <= _LONGEST
-                and all(type(x) is int for x in value)
-            ):
-                replaced = type(value)(traced(x, Attr(key, name, i)) for i, x in enumerate(value))
+            elif 0 < len(value) <= _LONGEST and all(type(x) is int for x in value):
+                replaced = kind(traced(x, Attr(key, name, i)) for i, x in enumerate(value))
             if replaced is not value:
                 own[name] = replaced
                 undo.append((own, name, value))
@@ -321,7 +328,7 @@ def _traced_attributes(model: nn.Module, ledger: Ledger) -> Iterator[dict[int, O
             own[name] = value
 
 
-def owners_of(model: nn.Module) -> list[Owner]:
+def _owners(modules: Iterable[tuple[str, nn.Module]]) -> list[Owner]:
     """Modules, and the configuration objects that they reach, each once."""
     found: list[Owner] = []
     seen: set[int] = set()
@@ -332,25 +339,36 @@ def owners_of(model: nn.Module) -> list[Owner]:
         seen.add(id(thing))
         found.append(Owner(thing, module, steps))
         for name, value in list(vars(thing).items()):
+            kind = type(value)
+            if kind in _SIMPLE or (not steps and name in _PARTS):
+                continue
             if isinstance(value, dict):
                 for key, inner in value.items():
-                    if _is_record(inner) and isinstance(key, str):
+                    if _is_record(type(inner)) and isinstance(key, str):
                         visit(inner, module, (*steps, (name, key)))
-            elif _is_record(value):
+            elif _is_record(kind):
                 visit(value, module, (*steps, name))
 
-    for path, module in model.named_modules():
+    for path, module in modules:
         visit(module, path, ())
     return found
 
 
-def _is_record(value: Any) -> bool:
-    """Whether a value is a plain object with attributes, such as a configuration."""
-    if value is None or callable(value) or not hasattr(value, "__dict__"):
+_RECORDS: dict[type, bool] = {}
+
+
+def _is_record(kind: type) -> bool:
+    """Whether values of a type are plain objects with attributes, such as configurations."""
+    known = _RECORDS.get(kind)
+    return _RECORDS.setdefault(kind, _keeps_attributes(kind)) if known is None else known
+
+
+def _keeps_attributes(kind: type) -> bool:
+    if not kind.__dictoffset__ or any("__call__" in vars(c) for c in kind.__mro__):
         return False
-    if isinstance(value, nn.Module | Tensor | type | std.ModuleType):
+    if issubclass(kind, nn.Module | Tensor | type | std.ModuleType):
         return False
-    return not type(value).__module__.startswith(("torch.", "builtins", "numpy", "enum"))
+    return not kind.__module__.startswith(("torch.", "builtins", "numpy", "enum"))
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

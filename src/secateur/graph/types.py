@@ -283,6 +283,8 @@ class Types:
 
     def broadcast(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> list[Dim]:
         """Unify tensors' dimensions from the right, as broadcasting does; the dimensions of the result."""
+        if len(tensors) == 1 and tensors[0].shape == shape:
+            return list(self.dims(tensors[0]))
         out: list[Dim] = []
         found = [self.dims(t) for t in tensors]
         for i, size in enumerate(shape):

@@ -14,16 +14,17 @@ from secateur.graph.types import Types, TypingError
 class Call:
     """One call of an operator: arguments by the names of its schema, and what it returned."""
 
-    __slots__ = ("args", "func", "kwargs", "name", "out")
+    __slots__ = ("_arguments", "args", "func", "kwargs", "name", "out")
 
     def __init__(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.func, self.name, self.args, self.kwargs, self.out = func, name, args, kwargs, out
+        self._arguments = _arguments(func)
 
     def __getitem__(self, name: str) -> Any:
         """The argument, or its default."""
         if name in self.kwargs:
             return self.kwargs[name]
-        known = _arguments(self.func).get(name)
+        known = self._arguments.get(name)
         if known is None:
             raise TypingError(f"it has no argument {name!r}")
         i, default = known
@@ -31,7 +32,7 @@ class Call:
 
     def has(self, name: str) -> bool:
         """Whether the schema has an argument of this name."""
-        return name in _arguments(self.func)
+        return name in self._arguments
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -147,6 +147,8 @@ def _clamp_keeps_zero(call: Call) -> bool:
 def _value(types: Types, base: str, tensors: list[Tensor], call: Call) -> Any:
     """What the integers in the result index; indices that enter arithmetic freeze what they index."""
     values = [v for t in tensors if (v := types.of(t).value) is not None]
+    if not values:
+        return None
     if len(values) == 1 and (base in _KEEPS_VALUE or (len(tensors) == 1 and base in _FORGETS_VALUE)):
         return values[0] if base in _KEEPS_VALUE else None
     if base in _FORGETS_VALUE:
