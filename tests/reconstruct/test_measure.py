@@ -11,7 +11,7 @@ from secateur.collect import traffic
 from secateur.collect.batches import as_batches
 from secateur.core.errors import NonFiniteError, SecateurError, SelectionError, StatsError
 from secateur.reconstruct import Moments, Tokens, consumers_of, cross_moments, masked_twin, moments
-from secateur.reconstruct.order import stages_of
+from secateur.reconstruct.order import order_of
 
 
 def same(found: Moments, rows: Tensor) -> None:
@@ -253,7 +253,7 @@ def test_a_layer_that_a_later_batch_calls_first_has_its_place_in_the_order():
     model = Sometimes()
     consumers, _ = consumers_of(model, ["end.weight", "extra.weight", "start.weight"])
     data = as_batches([torch.ones(1, 3), torch.ones(2, 3)], torch.device("cpu"), "")
-    stages = stages_of(model, consumers, data)
+    stages = order_of(model, consumers, data).stages
     assert [[c.name for c in stage] for stage in stages] == [
         ["start.weight"],
         ["extra.weight"],

@@ -6,7 +6,7 @@ Shapes: N examples, T tokens or positions of an example, I inputs of a row of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from secateur.core.names import unwrap
 from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.moments import Covariance, CrossMoments, Joint, Moments
-from secateur.reconstruct.order import Inputs, Stage, check_shared, listening, measuring, stages_of
+from secateur.reconstruct.order import Inputs, Stage, check_shared, listening, measuring, order_of
 
 M = TypeVar("M", Moments, CrossMoments)
 
@@ -73,7 +73,7 @@ def moments(
     """
     model = unwrap(model)
     data = as_batches(batches, device_of(model), "Moments must be measured on data")
-    stages = stages_of(model, consumers, data)
+    stages = order_of(model, consumers, data).stages
     found = measure(model, stages, track(data, "measuring moments"), tokens or Tokens())
     return Measured(found, {c.name: _UNCALLED for c in consumers if c.name not in found})
 
@@ -102,7 +102,7 @@ def cross_moments(
     """
     dense, pruned = unwrap(dense), unwrap(pruned)
     data = as_batches(batches, device_of(dense), "Moments must be measured on data")
-    stages = stages_of(dense, consumers, data)
+    stages = order_of(dense, consumers, data).stages
     found = measure_both(dense, pruned, stages, track(data, "measuring moments"), tokens or Tokens())
     heard = {c.name for stage in stages for c in stage}
     missing = {c.name: _UNPAIRED if c.name in heard else _UNCALLED for c in consumers if c.name not in found}
@@ -132,10 +132,23 @@ def measure(
     return _spread(groups, {n: _finite(n, s.moments()) for n, s in sums.items() if s.count})
 
 
+Run = Callable[[int, Batch], object]
+"""One pass of a model over a batch, which has a number."""
+
+
 def measure_both(
-    dense: nn.Module, pruned: nn.Module, stages: Sequence[Stage], data: Iterable[Batch], tokens: Tokens
+    dense: nn.Module,
+    pruned: nn.Module,
+    stages: Sequence[Stage],
+    data: Iterable[Batch],
+    tokens: Tokens,
+    run: tuple[Run, Run] | None = None,
 ) -> dict[str, CrossMoments]:
-    """One pass over the data for all stages, of both models; without the consumers that do not pair."""
+    """One pass over the data for all stages, of both models; without the consumers that do not pair.
+
+    `run` says how each of the models goes over a batch; by default it goes from the beginning to the end.
+    """
+    run_dense, run_pruned = run or (lambda i, b: b.forward(dense), lambda i, b: b.forward(pruned))
     groups = _groups(stages)
     leaders = [group[0] for group in groups]
     sums = {c.name: Joint() for c in leaders}
@@ -159,10 +172,10 @@ def measure_both(
 
     everyone = [c for group in groups for c in group]
     with measuring(dense, pruned), listening(dense, everyone, keep), listening(pruned, leaders, pair):
-        for batch in data:
+        for i, batch in enumerate(data):
             rows.enter(batch)
-            batch.forward(dense)
-            batch.forward(pruned)
+            run_dense(i, batch)
+            run_pruned(i, batch)
             unpaired.update(name for name, left in waiting.items() if left)
             for left in waiting.values():
                 left.clear()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,14 +83,25 @@ class Inputs:
         return self._next
 
 
-def stages_of(model: nn.Module, consumers: Sequence[Consumer], data: Iterable[Batch]) -> tuple[Stage, ...]:
-    """Consumers grouped by the tensors that they take in, in the order of execution; one pass over the data.
+@dataclass(frozen=True)
+class Order:
+    """What one pass over the data shows.
 
-    Those that are never called are in no stage.
+    Attributes:
+        stages: in the order of execution; consumers that are never called are in none.
+        calls: for each batch, how often a consumer was called.
     """
+
+    stages: tuple[Stage, ...]
+    calls: tuple[Mapping[str, int], ...]
+
+
+def order_of(model: nn.Module, consumers: Sequence[Consumer], data: Iterable[Batch]) -> Order:
+    """Consumers grouped by the tensors that they take in; one pass over the data."""
     inputs = Inputs()
     order: list[str] = []
     calls: list[str] = []
+    times: list[Mapping[str, int]] = []
 
     def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
         inputs.hear(consumer, x)
@@ -98,12 +111,13 @@ def stages_of(model: nn.Module, consumers: Sequence[Consumer], data: Iterable[Ba
         for batch in data:
             batch.forward(model)
             _merge(order, calls)
+            times.append(Counter(calls))
             calls.clear()
     by_name = {c.name: c for c in consumers}
     stages: dict[tuple[int, ...], list[Consumer]] = {}
     for name in order:
         stages.setdefault(tuple(inputs.heard[name]), []).append(by_name[name])
-    return tuple(tuple(stage) for stage in stages.values())
+    return Order(tuple(tuple(stage) for stage in stages.values()), tuple(times))
 
 
 def _merge(order: list[str], calls: Sequence[str]) -> None:

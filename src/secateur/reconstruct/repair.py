@@ -21,7 +21,8 @@ from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer, consumers_of
 from secateur.reconstruct.measure import Tokens, device_of, measure, measure_both
 from secateur.reconstruct.moments import CrossMoments, Moments
-from secateur.reconstruct.order import Stage, stages_of
+from secateur.reconstruct.order import Order, Stage, order_of
+from secateur.reconstruct.passes import Passes, chain_of
 from secateur.reconstruct.solve import Reconstructed, reconstruct
 from secateur.reconstruct.twin import Slices, check_slices, masked_twin, zero_slices_
 
@@ -100,10 +101,11 @@ def repair_(
     not touched, and cutting them out is left to the caller. Run `reestimate_batchnorm_` after that.
 
     *Sequential* fits one stage after the other, a stage being the layers that take in the same tensor, to the
-    inputs that the layers repaired before it pass on; two passes over the data, of the dense model and of its
-    masked twin, for each stage. A layer that is called several times in a pass is fitted once, to the inputs
-    of all its calls at that point. *Parallel* fits all layers to inputs of the dense model, in one pass for
-    as many layers as `memory` allows. Before either comes one pass that finds the order.
+    inputs that the layers repaired before it pass on; for each stage one pass over the data, of the dense
+    model and of its masked twin, from the block where the stage stands to its inputs where a model can be
+    entered there. A layer that is called several times in a pass is fitted once, to the inputs of all its
+    calls at that point. *Parallel* fits all layers to inputs of the dense model, in one pass for as many
+    layers as `memory` allows. Before either comes one pass that finds the order.
 
     The twin is zero where the smaller model has nothing. For axes where that is not the same (a `LayerNorm`
     over them, say), sequential inputs are only near to those of the smaller model.
@@ -119,8 +121,9 @@ def repair_(
         tokens: of a convolution's positions take a sample; see `Tokens`.
         memory: bytes of moments held at once in parallel mode, but at least one layer's.
 
-    Memory: the repaired weights, until all are written; in sequential mode a copy of the model and the
-    moments of one stage, three times 8 bytes times the square of its inputs; in parallel mode `memory`.
+    Memory: the repaired weights, until all are written; in sequential mode a copy of the model, the
+    moments of one stage, three times 8 bytes times the square of its inputs, and for each of the two models
+    the hidden states between two blocks on all batches; in parallel mode `memory`.
 
     Returns:
         Errors of each layer, and the layers left with plain removal: what `consumers_of` leaves out, and what
@@ -139,14 +142,14 @@ def repair_(
     everything = _merged(consumers, keeps, slices or {})
     check_slices(model, everything)
     data = as_batches(batches, device_of(model), "Repair fits weights to data")
-    stages = stages_of(model, consumers, data)
-    reached = {c.name for stage in stages for c in stage}
+    order = order_of(model, consumers, data)
+    reached = {c.name for stage in order.stages for c in stage}
     reasons |= {c.name: "no batch reached it" for c in consumers if c.name not in reached}
     fit = _Fitting(model, keeps, everything, damping)
     if mode == _SEQUENTIAL:
-        done = _sequential(fit, stages, data, tokens or Tokens())
+        done = _sequential(fit, order, data, tokens or Tokens())
     else:
-        done = _parallel(fit, stages, data, tokens or Tokens(), memory)
+        done = _parallel(fit, order.stages, data, tokens or Tokens(), memory)
     layers = []
     for consumer, solved, count in done:
         _write(model, consumer, solved)
@@ -178,12 +181,23 @@ class _Fitting:
         return c, replace(solved, notes=(*notes, *solved.notes)), count
 
 
-def _sequential(fit: _Fitting, stages: Sequence[Stage], data: Batches, tokens: Tokens) -> list[_Done]:
+def _sequential(fit: _Fitting, order: Order, data: Batches, tokens: Tokens) -> list[_Done]:
     """All layers, each fitted to the inputs that the repaired ones before it pass on."""
     twin = masked_twin(fit.model, fit.slices)
+    first = next(iter(data))
+    chain = chain_of(fit.model, [c for stage in order.stages for c in stage], first)
+    dense_passes, twin_passes = Passes(fit.model, chain), Passes(twin, chain)
+    run = (
+        lambda i, batch: dense_passes.run(i, batch, order.calls[i]),
+        lambda i, batch: twin_passes.run(i, batch, order.calls[i]),
+    )
     done = []
-    for stage in track(stages, "repairing"):
-        both = measure_both(fit.model, twin, [stage], data, tokens)
+    for stage in track(order.stages, "repairing"):
+        twin_passes.enter(stage)
+        if dense_passes.enter(stage) and not dense_passes.agree(first, order.calls[0]):
+            dense_passes.whole()
+            twin_passes.whole()
+        both = measure_both(fit.model, twin, [stage], data, tokens, run)
         alone = tuple(c for c in stage if c.name not in both)
         dense = measure(fit.model, [alone], data, tokens) if alone else {}
         why = ("Fitted to inputs of the dense model: in the pruned one it gets other tokens.",)
