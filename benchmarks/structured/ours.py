@@ -49,7 +49,9 @@ class Secateur:
         if target.kind == "layers":  # dropping blocks knows no repair
             return ("block influence", "loss, greedy") if self.repair else ()
         # Of alike units, "per cost" and "isomorphic" rank the same way.
-        return ("isomorphic", "local") if target.kind in ("heads", "ffn") else ("isomorphic", "per cost")
+        if target.kind in ("heads", "ffn"):
+            return ("isomorphic", "local")
+        return ("isomorphic", "per cost", "local")
 
     def prune(self, model: nn.Module, task: Task, target: Target, variant: str, seed: int) -> nn.Module:
         if target.kind == "layers":

@@ -69,13 +69,13 @@ def _best(task: Task, rows: Rows, metric: str) -> str:
     values, names = [], set()
     for seed in sorted({cell.seed for cell in rows}):
         found = {c.variant: row for c, row in rows.items() if (c.seed, c.stage) == (seed, stage)}
-        if metric != "tuned":
-            pruned = {
-                c.variant: row
-                for c, row in rows.items()
-                if (c.seed, c.stage) == (seed, "pruned") and "note" not in row
-            }
-            best = ranked(task, pruned, f"valid_{metric}")[:1]
+        compared = {
+            c.variant: row
+            for c, row in rows.items()
+            if (c.seed, c.stage) == (seed, "probe" if metric == "tuned" else "pruned") and "note" not in row
+        }
+        if metric != "tuned" or len(found) > 1:
+            best = ranked(task, compared, f"valid_{metric}")[:1]
             found = {variant: found[variant] for variant in best if variant in found}
         for variant, row in found.items():
             values.append(row[metric])

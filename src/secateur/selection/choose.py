@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 import torch
@@ -91,7 +92,7 @@ def choose(
     tally = Tally(ladders, cost)
     keys = torch.cat(scope(ladders))
     of_step = torch.repeat_interleave(torch.tensor([ladder.steps for ladder in ladders]))
-    search = fit_measured if measured else fit
+    search = fit_measured if measured else partial(fit, even=getattr(scope, "even", False))
     found = search(tally, of_step[keys.argsort(stable=True)], limit, unit)
     kept = tally.kept(found.levels)
     return Choice(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Local:
 
     Of a group of `n` units `floor(s n + 1/2)` go at sparsity `s`, as everywhere.
     """
+
+    even: ClassVar[bool] = True  # what is left of a budget goes to no group alone
 
     def __call__(self, ladders: Sequence[Ladder[Any]]) -> list[Tensor]:
         return [(ladder.removed[1:] + ladder.removed[:-1]) / 2 for ladder in ladders]

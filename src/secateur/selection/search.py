@@ -75,12 +75,15 @@ class _Walk:
         return _Walk(self.order[others], {**self.held, ladder: n - left}, self.ladders), left
 
 
-def fit(tally: Tally[Any], order: Int[Tensor, " steps"], limit: float, unit: str) -> Found:
+def fit(
+    tally: Tally[Any], order: Int[Tensor, " steps"], limit: float, unit: str, even: bool = False
+) -> Found:
     """The fewest steps after which the cost is within `limit`, then what still fits is put back.
 
     1. Bisection over the number of steps taken.
     2. While more than 1 % of the limit is unused: the ladder whose step is too large to be put back is held,
-       and the steps of the others are put back from the last, until the next does not fit.
+       and the steps of the others are put back from the last, until the next does not fit. Not if the shares
+       are to stay `even`: then the unused part may be as large as that step.
     3. Then each of the other ladders is put back by one step, the best first, if that fits.
 
     The cost is asked for O(log steps) times for 1., and about once or twice for each ladder for 2. and 3.
@@ -96,7 +99,7 @@ def fit(tally: Tally[Any], order: Int[Tensor, " steps"], limit: float, unit: str
     while n > 0:
         step = tally(walk.at(n - 1)) - tally(walk.at(n))
         walk, n = walk.hold(int(walk.order[n - 1]), n)
-        if limit - tally(walk.at(n)) <= NEAR * limit:
+        if even or limit - tally(walk.at(n)) <= NEAR * limit:
             break
         n = _put_back(lambda k, walk=walk: tally(walk.at(k)) <= limit, n)  # type: ignore[misc]
     levels = _put_back_one_each(tally, walk, n, limit)
