@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,4 +39,27 @@ def test_huggingface(tmp_path: Path, data_root: Path) -> None:
     (tmp_path / "text.txt").write_text(text.read_text()[:20_000])
     printed = run(tmp_path, "huggingface.py", data_root / "stories260k", "text.txt")
     assert "2:4" in printed or "NM(n=2, m=4)" in printed
+    assert "Once upon a time" in printed
+
+
+def test_shrink_digits(tmp_path: Path) -> None:
+    printed = run(tmp_path, "shrink_digits.py")
+    figures = dict(
+        re.findall(r"^(dense|a quarter left|after fine-tuning) +(\d\.\d+)$", printed, flags=re.MULTILINE)
+    )
+    dense, tuned = float(figures["dense"]), float(figures["after fine-tuning"])
+    assert dense > 0.94 and tuned > dense - 0.02
+    report = json.loads((tmp_path / "small-digits" / "report.json").read_text())
+    assert 0.24 < report["after"]["macs"] / report["before"]["macs"] <= 0.25
+
+
+@pytest.mark.realdata("stories260k", "tinyshakespeare")
+def test_shrink_huggingface(tmp_path: Path, data_root: Path) -> None:
+    text = data_root / "tinyshakespeare" / "input.txt"
+    (tmp_path / "text.txt").write_text(text.read_text()[:20_000])
+    printed = run(tmp_path, "shrink_huggingface.py", data_root / "stories260k", "text.txt")
+    figures = dict(
+        re.findall(r"^(dense|without units|without a block) +(\d\.\d+)$", printed, flags=re.MULTILINE)
+    )
+    assert len(figures) == 3 and float(figures["without units"]) < float(figures["dense"]) + 0.5
     assert "Once upon a time" in printed

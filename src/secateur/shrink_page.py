@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from secateur.measure import Measurement
 from secateur.pages import footer
-from secateur.record import cost_rows
 from secateur.report import Section, Table, compact, percent, render
 from secateur.report.figures import grouped_bars, layer_bars
-from secateur.shrunk import ShrinkReport
+from secateur.shrunk import GroupRecord, ShrinkReport
 
 _SMALLEST = 5e-4  # share of the parameters below which a frozen dimension is not listed
 
@@ -40,33 +42,48 @@ def _sentence(report: ShrinkReport) -> str:
 
 
 def _cost_section(before: Measurement, after: Measurement) -> Section:
-    ratios = {
-        "parameters": after.parameters / max(1, before.parameters),
-        "bytes": after.dense_bytes / max(1, before.dense_bytes),
+    """Dense and smaller side by side; what says the same twice where no weight is zero is left out."""
+    costs = {
+        "parameters": (before.parameters, after.parameters),
+        "bytes": (before.dense_bytes, after.dense_bytes),
     }
     if before.macs and after.macs is not None:
-        ratios["multiply-accumulates"] = after.macs / before.macs
+        costs["multiply-accumulates"] = before.macs, after.macs
+    rows: list[tuple[Any, ...]] = [(k, a, b, percent(b / max(1, a))) for k, (a, b) in costs.items()]
+    ratios = {name: b / max(1, a) for name, (a, b) in costs.items()}
     if before.latency and after.latency:
-        ratios["seconds"] = after.latency.median / before.latency.median
+        old, new = before.latency, after.latency
+        ratios["time"] = new.median / old.median
+        times = (f"{1e3 * t.median:.2f} ms ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})" for t in (old, new))
+        rows.append((f"time, {old.threads} threads, median", *times, percent(ratios["time"])))
     bars = grouped_bars(
-        list(ratios), {"left of the dense model": list(ratios.values())}, "share", format=percent
+        list(ratios),
+        {"dense": [1.0] * len(ratios), "smaller": list(ratios.values())},
+        "share of the dense model",
+        format=percent,
     )
-    table = Table(("", "before", "after"), cost_rows(before, after))
-    return Section("Size and cost", figures=[bars], tables=[table])
+    return Section("Size and cost", figures=[bars], tables=[Table(("", "dense", "smaller", "left"), rows)])
 
 
 def _groups_section(report: ShrinkReport) -> Section:
-    bars = layer_bars(
-        [g.name for g in report.groups],
-        [g.sparsity for g in report.groups],
-        xlabel="units removed",
-        format=percent,
-    )
+    cut = {g.kind for g in report.groups if g.kept < g.size}
+    shown = [g for g in report.groups if g.kind in cut]
+    figures = [
+        layer_bars(_labels(shown), [g.sparsity for g in shown], xlabel="units removed", format=percent)
+    ]
     rows = [
         (g.name, g.size, g.kept, percent(g.sparsity), g.places, g.inexact or "yes") for g in report.groups
     ]
     table = Table(("group", "units", "kept", "removed", "places", "exact"), rows)
-    return Section("Groups", figures=[bars], tables=[table])
+    return Section("Groups", figures=figures if shown else [], tables=[table])
+
+
+def _labels(groups: Sequence[GroupRecord]) -> list[str]:
+    """Short names that differ: the module that has the units, without what all paths begin with."""
+    paths = [g.name.partition(" of ")[2].removesuffix(".weight") for g in groups]
+    parts = [path.split(".") for path in paths]
+    shared = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
+    return [f"{'.'.join(path[shared:])} {g.kind}" for path, g in zip(parts, groups, strict=True)]
 
 
 def _repair_section(report: ShrinkReport) -> Section:

@@ -138,13 +138,18 @@ def _group_table(report: ShrinkReport) -> Table:
     by_kind: dict[str, list[GroupRecord]] = {}
     for g in report.groups:
         by_kind.setdefault(g.kind, []).append(g)
+    whole = [kind for kind, found in by_kind.items() if all(g.kept == g.size for g in found)]
     for kind, found in by_kind.items():
+        if kind in whole:
+            continue
         if len(found) <= _ALIKE:
             for g in found:
                 table.add_row(g.name, str(g.size), str(g.kept), f"{g.sparsity:.1%}")
             continue
         size, kept = sum(g.size for g in found), sum(g.kept for g in found)
         table.add_row(f"{kind}, {len(found)} groups", f"{size:,}", f"{kept:,}", f"{1 - kept / size:.1%}")
+    if whole:
+        table.caption = f"left whole: {', '.join(whole)}"
     return table
 
 

@@ -122,7 +122,7 @@ def test_wide_models_need_few_calls_and_are_met_closely(scope, share):
 
 @pytest.mark.parametrize("scope", ["local", "isomorphic"])
 def test_a_step_too_large_does_not_leave_the_budget_unused(scope):
-    """A cluster that halves at once is passed over; the fine groups fill what it left, but to equal shares."""
+    """A cluster that halves at once is passed over; fine groups fill what it left, unless shares are even."""
     coarse = [Group("c0", 2), Group("c1", 2)]
     fine = Group("f", 1000)
     problem = Problem(

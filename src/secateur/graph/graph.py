@@ -19,6 +19,7 @@ from secateur.graph.ints import Attr
 from secateur.graph.oracle import Check
 from secateur.graph.plan import Constraints, Sizes, Solution, common_step
 from secateur.graph.rms import RmsForm, rms_form
+from secateur.graph.rules.convolutions import KERNEL
 from secateur.graph.trace import Traced, cached, results, run
 from secateur.graph.types import Columns, Types
 
@@ -156,16 +157,20 @@ class Graph:
         return self._constraints.attributes()
 
     def frozen(self) -> tuple[Frozen, ...]:
-        """Why dimensions of parameters cannot be cut, by share of parameters held back, largest first."""
+        """Why dimensions of parameters cannot be cut, by share of parameters held back, largest first.
+
+        A dimension counts if nothing of it can be cut. Extents of kernels are not listed: there are no units
+        along them.
+        """
         total = sum(s.tensor.numel() for s in self.types.stored.values() if s.is_parameter)
         found: dict[str, dict[str, int]] = {}
         for stored in self.types.stored.values():
             if not stored.is_parameter:
                 continue
             for dim in stored.type.dims:
-                for leaf in axes.leaves(dim):
-                    if leaf.frozen is not None:
-                        found.setdefault(leaf.frozen, {})[stored.name] = stored.tensor.numel()
+                reason = axes.frozen_reason(dim)
+                if axes.leaves(dim) and reason is not None and not reason.startswith(KERNEL):
+                    found.setdefault(reason, {})[stored.name] = stored.tensor.numel()
         rows = [Frozen(r, sum(t.values()) / max(1, total), tuple(t)) for r, t in found.items()]
         return tuple(sorted(rows, key=lambda row: -row.share))
 

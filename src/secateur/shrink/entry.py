@@ -72,7 +72,7 @@ def shrink_(
         repair: fit the weights that stay to `batches`, if there are any: least squares for each consumer, and
             batch normalisation measured anew. "parallel" fits all layers to the dense model's inputs at once;
             "sequential" one after the other to what the repaired layers before pass on, which is better for
-            deep convolution networks and takes a pass over the data for each layer. None leaves it out.
+            deep networks and takes longer. None leaves it out.
         check: prove the result: its output equals that of the dense model with the removed units at zero.
         optimizer: one or several, whose parameters and state follow.
 

@@ -124,7 +124,16 @@ def _choose(
         measured=measured,
         unit=asked.budget.unit,
     )
-    return [f"{g}: {n}" for g, s in scores.items() for n in s.notes], chosen
+    said: dict[str, list[Group]] = {}
+    for group, score in scores.items():
+        for note in score.notes:
+            said.setdefault(note, []).append(group)
+    return [f"{_named(found)}: {note}" for note, found in said.items()], chosen
+
+
+def _named(groups: Sequence[Group]) -> str:
+    """One group, or the first and how many more."""
+    return str(groups[0]) + (f" and {len(groups) - 1} more" if len(groups) > 1 else "")
 
 
 def amount(budget: Budget, cost: Cost, measured: Measurement | None = None) -> float:

@@ -7,6 +7,9 @@ from secateur.graph.axes import Axis, Dim
 from secateur.graph.rules.base import Call, rule
 from secateur.graph.types import Types, everywhere, meet
 
+KERNEL = "a kernel's extent"
+"""Why kernels' height and width are frozen: every convolution has them, and nothing is held back by them."""
+
 
 @rule(
     "convolution",
@@ -29,7 +32,7 @@ def _(types: Types, call: Call) -> None:
     X, W = types.dims(x), types.dims(w)
     root = types.of(w).root or _name(types, w)
     for d in W[2:]:
-        types.freeze(d, "a kernel's extent")
+        types.freeze(d, KERNEL)
     first, second = (W[1], W[0]) if transposed else (W[0], W[1])
     channels, out, inner = _channels(types, X[1], first, second, groups, transposed, x.shape[1])
     types.note(out, "out", root)
