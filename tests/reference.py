@@ -25,7 +25,9 @@ def matrix(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A weight, or its gradient, as [out, in]: taps then channels for convolutions."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return tensor.permute(0, *range(2, tensor.dim()), 1).flatten(1)
+        return tensor.permute(0, *range(2, tensor.dim()), 1).flatten(1) if tensor.dim() > 1 else tensor[None]
+    if tensor.dim() != 2:
+        return tensor.reshape(1, -1)
     return tensor.t() if type(module).__name__ == "Conv1D" else tensor
 
 

@@ -26,6 +26,7 @@ from tests.reference import (
 )
 
 STATS = (sc.GradAbs(), sc.GradSquare(), sc.RowTaylorSquare())
+STRANGE = "not the weight of a linear or convolution layer, or a vector"
 ONE_BY_ONE = "Gradients were taken one example at a time: "
 
 
@@ -54,8 +55,8 @@ def data(n: int = 6, *shape: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("make", "shape", "reason"),
     [
-        (Attention, (4, 6), "attention.in_proj_weight is not the weight of a linear or convolution layer"),
-        (Recurrent, (4, 5), "lstm.weight_ih_l0 is not the weight of a linear or convolution layer"),
+        (Attention, (4, 6), f"attention.in_proj_weight is {STRANGE}"),
+        (Recurrent, (4, 5), f"lstm.weight_ih_l0 is {STRANGE}"),
         (TimeFirst, (4, 5), "the rows that reach first.weight are not the examples of the batch"),
         (Flattened, (4, 5), "the rows that reach first.weight are not the examples of the batch"),
         (
@@ -273,3 +274,63 @@ def test_blocks_keep_to_their_size_and_do_not_change_the_result(monkeypatch, blo
     entries = {9: 9 * 32, 64: 64 * 4}
     assert all(n == 1 or n * entries[width] <= block for n, _, width in blocks)
     assert sum(n for n, _, width in blocks if width == 64) == 9
+
+
+class OnePlus(nn.Module):
+    """A root-mean-square norm whose weight is stored as the difference from one."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Scaled(nn.Module):
+    """A factor for each channel, and one for all, to a power."""
+
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self.gamma, self.power = nn.Parameter(torch.rand(6) + 0.5), power
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma**self.power
+
+
+def with_vectors(power: int) -> nn.Module:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=True),
+        nn.BatchNorm2d(4),
+        nn.PReLU(4),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),  # else the next norm takes out what the bias adds
+        nn.LayerNorm([3, 3]),
+        nn.Flatten(),
+        nn.Linear(36, 6),
+        OnePlus(6),
+        Scaled(power),
+        nn.PReLU(),
+        nn.Linear(6, 3),
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        model[1].running_mean.normal_()
+        model[1].running_var.uniform_(0.5, 2.0)
+        model[3].weight[0] = 0.0  # what it scales cannot be read from its output
+    return model
+
+
+def test_biases_and_norms_need_no_pass_of_their_own():
+    x, y = data(7, 3, 5, 5)
+    model = with_vectors(1)
+    where = sc.Where(also="*")
+    assert len(sc.select(model, where).targets) == len(list(model.parameters()))
+    assert held_against_the_definition(model, [(x, y), (x.flip(0)[:4], y[:4])], where=where, rtol=1e-4) == ""
+
+
+def test_a_vector_in_which_its_module_is_not_affine_is_seen():
+    x, y = data(5, 3, 5, 5)
+    notes = held_against_the_definition(with_vectors(2), [(x, y)], where=sc.Where(also="*"), rtol=1e-4)
+    assert notes.startswith(ONE_BY_ONE) and "9.gamma" in notes

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from secateur.collect import traffic
 from secateur.collect.batches import Batch, Loss, example_losses, gradient
 from secateur.collect.traffic import input_of, inputs_GNTI, outputs_GNTO, understood, with_examples
+from secateur.collect.vectors import is_vector, vector_gradients
 from secateur.core.names import Target
 from secateur.stats import ExampleStat, Running
 
@@ -58,7 +59,7 @@ def one_by_one(
 
 
 def batched(model: nn.Module, targets: Sequence[Target], batch: Batch, loss: Loss, sums: Sums) -> str | None:
-    """The same from one backward pass, for linear and convolution layers.
+    """The same from one backward pass, for linear and convolution layers, biases and norms.
 
     Returns None, or the reason why the batch's rows are not its examples; then nothing was added.
     """
@@ -75,20 +76,20 @@ def disagreement(model: nn.Module, targets: Sequence[Target], batch: Batch, loss
     """None if `batched` may be used, else the reason why not; tried on the first two examples."""
     if loss is None:
         return "the loss is computed inside the model"
-    strange = [t.name for t in targets if not understood(t.module, t.attribute)]
+    strange = [t.name for t in targets if not _is_known(t.module, t.attribute)]
     if strange:
-        return f"{strange[0]} is not the weight of a linear or convolution layer"
+        return f"{strange[0]} is not the weight of a linear or convolution layer, or a vector"
     pair = batch.part(0, 2)
     alone = [_alone(model, targets, pair, i, loss) for i in range(2)]
     try:
         calls, stray = _tapped(model, targets, pair, loss)
+        found = [] if stray else [torch.cat([*_blocks(t, calls[id(t.weight)], 2)]) for t in targets]
     except Exception as error:  # the shortcut asks more of a model and a loss than the definition does
         return f"one backward pass over a batch failed ({error})"
     if stray is not None:
         return stray
-    for target, *expected in zip(targets, *alone, strict=True):
+    for target, fast, *expected in zip(targets, found, *alone, strict=True):
         right = torch.stack(expected)
-        fast = torch.cat(list(_blocks(target, calls[id(target.weight)], 2)))
         # Half precision disagrees by a few percent with itself when the batch size changes.
         tolerance = 1e-3 if target.weight.element_size() >= 4 else 5e-2
         # Norms in float64, where the squares of small gradients do not underflow.
@@ -97,7 +98,11 @@ def disagreement(model: nn.Module, targets: Sequence[Target], batch: Batch, loss
     return None
 
 
-_Call = tuple[nn.Module, Tensor, Tensor]  # a layer, its input, the gradient of its output
+def _is_known(module: nn.Module, attribute: str) -> bool:
+    return understood(module, attribute) or is_vector(module, attribute)
+
+
+_Call = tuple[nn.Module, str, Tensor, Tensor]  # a layer, its parameter, its input, the gradient of its output
 
 
 def _zero_sums(targets: Sequence[Target], stats: Sequence[ExampleStat]) -> Sums:
@@ -131,9 +136,10 @@ def _tapped(
     """Every call of every layer in one pass forward and back; a reason if rows of one are not examples."""
     calls: dict[int, list[_Call]] = {id(t.weight): [] for t in targets}
     handles = [
-        module.register_forward_hook(partial(_tap, calls[id(weight)]), with_kwargs=True)
+        module.register_forward_hook(partial(_tap, calls[id(weight)], attribute), with_kwargs=True)
         for module in model.modules()
-        if id(weight := module._parameters.get("weight")) in calls and understood(module, "weight")
+        for attribute, weight in module._parameters.items()
+        if id(weight) in calls and _is_known(module, attribute)
     ]
     try:
         losses = example_losses(batch.forward(model), batch, loss)
@@ -142,30 +148,45 @@ def _tapped(
         for handle in handles:
             handle.remove()
     for target in targets:
-        for module, x, g in calls[id(target.weight)]:
+        for module, _, x, g in calls[id(target.weight)]:
             if len(x) != batch.size or len(g) != batch.size or with_examples(module, x) is not x:
                 return calls, f"the rows that reach {target.name} are not the examples of the batch"
     return calls, None
 
 
-def _tap(store: list[_Call], module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+def _tap(
+    store: list[_Call], attribute: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> None:
     """Keep the input of a call, and the gradient of its output once the backward pass brings it."""
     x = input_of(args, kwargs)
     if output.requires_grad:  # not where the model itself switches gradients off
-        output.register_hook(lambda g: store.append((module, x, g.detach())))
+        output.register_hook(lambda g: store.append((module, attribute, x, g.detach())))
 
 
 def _blocks(target: Target, calls: Sequence[_Call], n: int) -> Iterator[Float[Tensor, "n out in"]]:
     """Per-example gradients of one layer, a few examples at a time; calls of a shared layer add up."""
     out, width = target.shape
     # Rows of the unfolded input of one example, over all groups.
-    rows = [g[0].numel() // out * getattr(module, "groups", 1) for module, _, g in calls]
+    rows = [
+        g[0].numel() // out * getattr(module, "groups", 1) if understood(module, attribute) else x[0].numel()
+        for module, attribute, x, g in calls
+    ]
     step = max(1, traffic.BLOCK // (width * max(out, *rows, 1)))
     for i in range(0, n, step):
         parts = []
-        for module, x, g in calls:
+        for module, attribute, x, g in calls:
+            if not understood(module, attribute):
+                flat = vector_gradients(module, attribute, x[i : i + step], g[i : i + step])
+                parts.append(_as_matrices(target, flat))
+                continue
             x_GNTI = inputs_GNTI(module, x[i : i + step].float())
             g_GNTO = outputs_GNTO(module, g[i : i + step].float())
             parts.append(torch.einsum("gnto,gnti->ngoi", g_GNTO, x_GNTI).reshape(-1, out, width))
         nothing = torch.zeros((), device=target.weight.device).expand(min(step, n - i), out, width)
         yield reduce(torch.add, parts) if parts else nothing
+
+
+def _as_matrices(target: Target, flat: Float[Tensor, "n size"]) -> Float[Tensor, "n out in"]:
+    """Rows in the order of the parameter's entries, as its matrix holds them."""
+    order = target.layout.matrix(torch.arange(flat.shape[1], device=flat.device).view(target.weight.shape))
+    return flat[:, order.flatten()].reshape(-1, *target.shape)
