@@ -87,16 +87,25 @@ def _labels(groups: Sequence[GroupRecord]) -> list[str]:
 
 
 def _repair_section(report: ShrinkReport) -> Section:
-    rows = [
-        (x.name, x.features, x.kept, f"{x.error_before:.3g}", f"{x.error_bias:.3g}", f"{x.error_after:.3g}")
+    rows: list[tuple[Any, ...]] = [
+        (
+            x.name,
+            x.features,
+            x.kept,
+            *(f"{e:.3g}" for e in (x.error_before, x.error_bias, x.error_after)),
+            "" if x.held_out is None else f"{x.held_out:.3g}",
+        )
         for repair in report.repairs
         for x in repair.layers
     ]
     left = [(name, reason) for repair in report.repairs for name, reason in repair.skipped]
-    tables = [Table(("layer", "inputs", "kept", "removed", "with a new bias", "repaired"), rows)]
+    tables = [Table(("layer", "inputs", "kept", "removed", "with a new bias", "repaired", "held out"), rows)]
     if left:
         tables.append(Table(("not repaired", "reason"), left))
-    text = "Squared error of each layer's output over that of the dense layer, on the calibration data."
+    text = (
+        "Squared error of each layer's output over that of the dense layer, on the calibration data. Held "
+        "out: on one half of it, of what the other half gives, by which the damping was chosen."
+    )
     return Section("Repair", text, tables=tables)
 
 

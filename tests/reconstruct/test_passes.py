@@ -165,12 +165,12 @@ def whole_passes(model, keeps, slices, data):
     twin = masked_twin(model, everything)
     done = {}
     for stage in order_of(model, consumers, data).stages:
-        both = measure_both(model, twin, [stage], data, Tokens())
+        both = measure_both(model, twin, [stage], data, Tokens(), several=True)
         for c in stage:
             weight, bias = model.get_parameter(c.name), model.get_parameter(c.bias)
             solved = reconstruct(
-                weight.detach(), bias.detach(), keeps[c.name], both[c.name], c.layout, 1e-4,
-                everything.get((c.name, 1 - c.input_dim)),
+                weight.detach(), bias.detach(), keeps[c.name], both[c.name].whole, c.layout, 1e-4,
+                everything.get((c.name, 1 - c.input_dim)), both[c.name].parts,
             )  # fmt: skip
             done[c.name], done[c.bias] = solved.weight, solved.bias
             rows = everything.get((c.name, 1 - c.input_dim))

@@ -107,14 +107,17 @@ def test_parallel_is_each_layer_by_itself(generator):
     dense = mlp(generator, 6, 10, 10, 4)
     x = torch.randn(100, 6, generator=generator)
     keeps, slices = halves(dense)
-    wanted = moments(dense, consumers_of(dense, keeps)[0], [x]).moments
+    consumers = consumers_of(dense, keeps)[0]
+    wanted, *parts = (moments(dense, consumers, [rows]).moments for rows in (x, x[:50], x[50:]))
     for memory, passes in ((1, 3), (4 << 30, 2)):  # one for each layer or for all, after that for the order
         model, data = copy.deepcopy(dense), Counting([x])
         repair_(model, keeps, data, slices=slices, mode="parallel", memory=memory)
         assert data.passes == passes
         for i in (2, 4):
             layer = dense[i]
-            alone = reconstruct(layer.weight, layer.bias, keeps[f"{i}.weight"], wanted[f"{i}.weight"])
+            name = f"{i}.weight"
+            first, second = (part[name] for part in parts)
+            alone = reconstruct(layer.weight, layer.bias, keeps[name], wanted[name], halves=(first, second))
             assert torch.equal(model[i].weight, alone.weight) and torch.equal(model[i].bias, alone.bias)
         assert torch.equal(model[0].weight, dense[0].weight)
 

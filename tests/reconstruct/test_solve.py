@@ -1,5 +1,7 @@
 """One layer: least squares against explicit rows, and errors against measured ones."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from torch import Tensor
 from secateur.core.errors import MaskError, NonFiniteError, SecateurError
 from secateur.core.layout import Convolution, Plain, Transposed
 from secateur.reconstruct import CrossMoments, Moments, reconstruct
+from secateur.reconstruct.moments import Joint, Splitting
 
 
 def rows(generator: torch.Generator, n: int = 200, inputs: int = 6) -> Tensor:
@@ -229,3 +232,81 @@ def test_bad_input_is_refused(generator):
     x[0, 0] = torch.inf
     with pytest.raises(NonFiniteError, match="moments"):
         reconstruct(problem(generator)[0], bias, keep, Moments.of(x))
+
+
+def dependent(generator, n, strength=0.3):
+    """Rows of 24 inputs that depend on each other."""
+    mix = torch.randn(24, 24, generator=torch.Generator().manual_seed(1)) / math.sqrt(24)
+    return torch.randn(n, 24, generator=generator) @ (torch.eye(24) + strength * mix)
+
+
+def test_the_damping_is_the_one_that_does_best_on_the_other_half(generator):
+    weight, bias = torch.randn(5, 24, generator=generator), torch.randn(5, generator=generator)
+    keep = torch.arange(24) >= 6
+    x = dependent(generator, 80, 1.0)
+    first, second = x[:40], x[40:]
+    found = reconstruct(
+        weight, bias, keep, Moments.of(x), damping=1e-3, halves=(Moments.of(first), Moments.of(second))
+    )
+
+    def error(w, b):
+        y = second.double() @ weight.double().T + bias
+        return float((y - second.double() @ w.double().T - b).square().sum() / y.square().sum())
+
+    errors = {}
+    for damping in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        half = reconstruct(weight.double(), bias.double(), keep, Moments.of(first), damping=damping)
+        errors[damping] = error(half.weight, half.bias)
+    best = min(errors, key=errors.__getitem__)
+    assert 1e-3 < best < 10.0, "the case is too easy to tell anything"
+    assert found.damping == best and found.held_out == pytest.approx(errors[best], rel=1e-6)
+    again = reconstruct(weight, bias, keep, Moments.of(x), damping=best)
+    assert torch.equal(found.weight, again.weight) and torch.equal(found.bias, again.bias)
+
+
+def test_few_tokens_do_not_make_a_layer_worse_than_plain_removal(generator):
+    weight, bias = torch.randn(5, 24, generator=generator), torch.randn(5, generator=generator)
+    keep = torch.arange(24) >= 6
+    fresh = dependent(generator, 4000)
+
+    def error(w, b):
+        return float((fresh @ weight.T + bias - fresh @ w.T - b).square().mean())
+
+    for n in (20, 30, 60, 400):
+        x = dependent(generator, n)
+        halves = Moments.of(x[: n // 2]), Moments.of(x[n // 2 :])
+        chosen = reconstruct(weight, bias, keep, Moments.of(x), halves=halves)
+        fitted = reconstruct(weight, bias, keep, Moments.of(x))
+        plain = error(weight * keep, bias)
+        assert error(chosen.weight, chosen.bias) <= min(
+            1.02 * plain, 1.02 * error(fitted.weight, fitted.bias)
+        )
+        assert n > 60 or error(fitted.weight, fitted.bias) > error(chosen.weight, chosen.bias)
+
+
+def test_inputs_that_tell_nothing_of_the_removed_ones_leave_the_weights(generator):
+    weight, bias = torch.randn(5, 24, generator=generator), torch.zeros(5)
+    keep = torch.arange(24) >= 6
+    x = torch.randn(60, 24, generator=generator)
+    halves = Moments.of(x[:30]), Moments.of(x[30:])
+    found = reconstruct(weight, bias, keep, Moments.of(x), halves=halves)
+    assert math.isinf(found.damping) and torch.equal(found.weight, weight * keep)
+    assert any("held out" in note for note in found.notes)
+
+
+def test_moments_of_two_halves_are_those_of_all_rows(generator):
+    x = torch.randn(50, 4, generator=generator) + 1e3
+    z = torch.randn(50, 4, generator=generator) - 5
+    for in_turn, first in ((True, [0, 1, 2, 3, 4, 5, 6, 7, 24, 25]), (False, None)):
+        sums = Splitting(Joint, in_turn)
+        for i, rows in enumerate((slice(0, 8), slice(8, 24), slice(24, 26), slice(26, 50))):
+            sums.add(i, x[rows], z[rows])
+        halves, whole = sums.moments(), CrossMoments.of(x, z)
+        assert sums.count == halves.whole.dense.count == 50
+        torch.testing.assert_close(halves.whole.cross, whole.cross, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            halves.whole.pruned.covariance, whole.pruned.covariance, rtol=1e-9, atol=1e-9
+        )
+        torch.testing.assert_close(halves.whole.dense.mean, whole.dense.mean, rtol=1e-12, atol=0.0)
+        if first:
+            torch.testing.assert_close(halves.parts[0].cross, CrossMoments.of(x[first], z[first]).cross)

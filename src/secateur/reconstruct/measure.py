@@ -21,10 +21,10 @@ from secateur.core.errors import NonFiniteError, SecateurError
 from secateur.core.names import unwrap
 from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer
-from secateur.reconstruct.moments import Covariance, CrossMoments, Joint, Moments
+from secateur.reconstruct.moments import Covariance, CrossMoments, Halves, Joint, M, Moments, Splitting
 from secateur.reconstruct.order import Inputs, Stage, check_shared, listening, measuring, order_of
 
-M = TypeVar("M", Moments, CrossMoments)
+T = TypeVar("T")
 
 _UNCALLED = "its module was never called on this data"
 _UNPAIRED = "it got inputs of other shapes in the pruned model than in the dense one"
@@ -65,7 +65,7 @@ def moments(
     marks with 0 are left out at linear layers whose input has its shape; elsewhere padding counts, as do the
     zeros around a convolution's input.
 
-    Memory: 8 bytes times the square of the inputs (channels times taps) for each shared input.
+    Memory: 16 bytes times the square of the inputs (channels times taps) for each shared input.
 
     Raises:
         StatsError: no batches, or consumers that share their inputs in one pass but not in the next.
@@ -73,8 +73,9 @@ def moments(
     """
     model = unwrap(model)
     data = as_batches(batches, device_of(model), "Moments must be measured on data")
-    stages = order_of(model, consumers, data).stages
-    found = measure(model, stages, track(data, "measuring moments"), tokens or Tokens())
+    order = order_of(model, consumers, data)
+    halves = measure(model, order.stages, track(data, "measuring moments"), tokens or Tokens(), order.several)
+    found = {name: both.whole for name, both in halves.items()}
     return Measured(found, {c.name: _UNCALLED for c in consumers if c.name not in found})
 
 
@@ -102,34 +103,40 @@ def cross_moments(
     """
     dense, pruned = unwrap(dense), unwrap(pruned)
     data = as_batches(batches, device_of(dense), "Moments must be measured on data")
-    stages = order_of(dense, consumers, data).stages
-    found = measure_both(dense, pruned, stages, track(data, "measuring moments"), tokens or Tokens())
-    heard = {c.name for stage in stages for c in stage}
+    order, how = order_of(dense, consumers, data), tokens or Tokens()
+    shown = track(data, "measuring moments")
+    halves = measure_both(dense, pruned, order.stages, shown, how, order.several)
+    found = {name: both.whole for name, both in halves.items()}
+    heard = {c.name for stage in order.stages for c in stage}
     missing = {c.name: _UNPAIRED if c.name in heard else _UNCALLED for c in consumers if c.name not in found}
     return Measured(found, missing)
 
 
 def measure(
-    model: nn.Module, stages: Sequence[Stage], data: Iterable[Batch], tokens: Tokens
-) -> dict[str, Moments]:
-    """One pass over the data for all stages."""
+    model: nn.Module, stages: Sequence[Stage], data: Iterable[Batch], tokens: Tokens, several: bool
+) -> dict[str, Halves[Moments]]:
+    """One pass over the data for all stages; `several` says whether it is more than one batch."""
     groups = _groups(stages)
     leaders = {group[0].name for group in groups}
-    sums = {name: Covariance() for name in leaders}
+    sums = {name: Splitting(Covariance, several) for name in leaders}
     inputs, rows = Inputs(), _Rows(tokens)
+    number = 0
 
     def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
         inputs.hear(consumer, x)
         if consumer.name in leaders:
             for (part,) in rows.blocks(module, x):
-                sums[consumer.name].add(part, part)
+                sums[consumer.name].add(number, part, part)
 
     with measuring(model), listening(model, (c for g in groups for c in g), hear):
-        for batch in data:
+        for number, batch in enumerate(data):  # noqa: B007  (`hear` reads it)
             rows.enter(batch)
             batch.forward(model)
     check_shared(groups, inputs)
-    return _spread(groups, {n: _finite(n, s.moments()) for n, s in sums.items() if s.count})
+    found = {n: s.moments() for n, s in sums.items() if s.count}
+    for name, halves in found.items():
+        _finite(name, halves.whole)
+    return _spread(groups, found)
 
 
 Run = Callable[[int, Batch], object]
@@ -142,8 +149,9 @@ def measure_both(
     stages: Sequence[Stage],
     data: Iterable[Batch],
     tokens: Tokens,
+    several: bool,
     run: tuple[Run, Run] | None = None,
-) -> dict[str, CrossMoments]:
+) -> dict[str, Halves[CrossMoments]]:
     """One pass over the data for all stages, of both models; without the consumers that do not pair.
 
     `run` says how each of the models goes over a batch; by default it goes from the beginning to the end.
@@ -151,7 +159,8 @@ def measure_both(
     run_dense, run_pruned = run or (lambda i, b: b.forward(dense), lambda i, b: b.forward(pruned))
     groups = _groups(stages)
     leaders = [group[0] for group in groups]
-    sums = {c.name: Joint() for c in leaders}
+    sums = {c.name: Splitting(Joint, several) for c in leaders}
+    number = 0
     waiting: dict[str, list[Tensor]] = {c.name: [] for c in leaders}
     inputs, rows = Inputs(), _Rows(tokens)
     unpaired: set[str] = set()
@@ -168,21 +177,22 @@ def measure_both(
             unpaired.add(name)
         if name not in unpaired:
             for part_x, part_z in rows.blocks(module, x, z):
-                sums[name].add(part_x, part_z)
+                sums[name].add(number, part_x, part_z)
 
     everyone = [c for group in groups for c in group]
     with measuring(dense, pruned), listening(dense, everyone, keep), listening(pruned, leaders, pair):
-        for i, batch in enumerate(data):
+        for number, batch in enumerate(data):
             rows.enter(batch)
-            run_dense(i, batch)
-            run_pruned(i, batch)
+            run_dense(number, batch)
+            run_pruned(number, batch)
             unpaired.update(name for name, left in waiting.items() if left)
             for left in waiting.values():
                 left.clear()
     check_shared(groups, inputs)
-    good = {n: s.moments() for n, s in sums.items() if n not in unpaired and s.dense.count}
+    good = {n: s.moments() for n, s in sums.items() if n not in unpaired and s.count}
     for name, both in good.items():
-        _finite(name, both.dense), _finite(name, both.pruned)
+        _finite(name, both.whole.dense)
+        _finite(name, both.whole.pruned)
     return _spread(groups, good)
 
 
@@ -202,15 +212,14 @@ def _groups(stages: Iterable[Stage]) -> list[list[Consumer]]:
     return groups
 
 
-def _spread(groups: Iterable[Sequence[Consumer]], found: dict[str, M]) -> dict[str, M]:
+def _spread(groups: Iterable[Sequence[Consumer]], found: dict[str, T]) -> dict[str, T]:
     """The moments of the first of each group for all of it."""
     return {c.name: found[group[0].name] for group in groups if group[0].name in found for c in group}
 
 
-def _finite(name: str, found: Moments) -> Moments:
+def _finite(name: str, found: Moments) -> None:
     if not bool(torch.isfinite(found.covariance).all() & torch.isfinite(found.mean).all()):
         raise NonFiniteError(f"The inputs of {name} are not finite: look for NaN or overflow in the data.")
-    return found
 
 
 class _Rows:

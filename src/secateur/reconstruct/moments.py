@@ -5,7 +5,9 @@ Shapes: T tokens (or positions) of a block, I inputs of a row of the layer's mat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -100,6 +102,20 @@ class Covariance:
             self.mean_b = self.mean_b + shift_b * (n / total)
         self.count += n
 
+    def plus(self, other: Covariance) -> Covariance:
+        """The sums over the rows of both."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        total, both = self.count + other.count, Covariance()
+        shift_a, shift_b = other.mean_a - self.mean_a, other.mean_b - self.mean_b
+        both.count = total
+        both.mean_a = self.mean_a + shift_a * (other.count / total)
+        both.mean_b = self.mean_b + shift_b * (other.count / total)
+        both.scatter = (self.scatter + other.scatter).addr_(
+            shift_a, shift_b, alpha=self.count * other.count / total
+        )
+        return both
+
     @property
     def value(self) -> Tensor:
         """The covariance, over the count itself."""
@@ -124,6 +140,63 @@ class Joint:
         self.pruned.add(z, z)
         self.cross.add(x, z)
 
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return self.dense.count
+
+    def plus(self, other: Joint) -> Joint:
+        """The sums over the rows of both."""
+        both = Joint()
+        both.dense, both.pruned = self.dense.plus(other.dense), self.pruned.plus(other.pruned)
+        both.cross = self.cross.plus(other.cross)
+        return both
+
     def moments(self) -> CrossMoments:
         """The moments so far."""
         return CrossMoments(self.dense.moments(), self.pruned.moments(), self.cross.value)
+
+
+M = TypeVar("M", Moments, CrossMoments)
+
+
+@dataclass(frozen=True, eq=False)
+class Halves(Generic[M]):
+    """Moments over all rows, and over two halves of them, of which one can tell what fits the other only.
+
+    Attributes:
+        whole: over all rows.
+        parts: over the halves; None if one of them has no rows.
+    """
+
+    whole: M
+    parts: tuple[M, M] | None = None
+
+
+class Splitting:
+    """Running moments of two halves of the rows: batches in turn, or halves of each block of a lone batch."""
+
+    def __init__(self, make: Callable[[], Covariance | Joint], in_turn: bool) -> None:
+        self._sums: tuple[Any, Any] = make(), make()
+        self._in_turn = in_turn
+
+    def add(self, i: int, a: Float[Tensor, "T I"], b: Float[Tensor, "T I"]) -> None:
+        """Take in a block of rows of batch `i`."""
+        if self._in_turn:
+            self._sums[i % 2].add(a, b)
+            return
+        middle, same = (len(a) + 1) // 2, a is b
+        for sums, part in zip(self._sums, (slice(middle), slice(middle, None)), strict=True):
+            one = a[part]
+            sums.add(one, one if same else b[part])
+
+    @property
+    def count(self) -> int:
+        """Rows so far."""
+        return int(self._sums[0].count + self._sums[1].count)
+
+    def moments(self) -> Halves[Any]:
+        """The moments so far."""
+        first, second = self._sums
+        parts = (first.moments(), second.moments()) if first.count and second.count else None
+        return Halves(first.plus(second).moments(), parts)

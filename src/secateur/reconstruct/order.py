@@ -95,6 +95,11 @@ class Order:
     stages: tuple[Stage, ...]
     calls: tuple[Mapping[str, int], ...]
 
+    @property
+    def several(self) -> bool:
+        """Whether the data is more than one batch."""
+        return len(self.calls) > 1
+
 
 def order_of(model: nn.Module, consumers: Sequence[Consumer], data: Iterable[Batch]) -> Order:
     """Consumers grouped by the tensors that they take in; one pass over the data."""

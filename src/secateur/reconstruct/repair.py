@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from secateur.printing import printed
 from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer, consumers_of
 from secateur.reconstruct.measure import Tokens, device_of, measure, measure_both
-from secateur.reconstruct.moments import CrossMoments, Moments
+from secateur.reconstruct.moments import CrossMoments, Halves, Moments
 from secateur.reconstruct.order import Order, Stage, order_of
 from secateur.reconstruct.passes import Passes, chain_of
 from secateur.reconstruct.solve import Reconstructed, reconstruct
@@ -41,7 +42,8 @@ class LayerRepair:
         error_before: squared error of its output over that of the dense layer, after plain removal.
         error_bias: with a new bias alone.
         error_after: as repaired.
-        damping: relative to the mean of the diagonal.
+        damping: relative to the mean of the diagonal; None if the weights are as before.
+        held_out: on one half of the data, of what the other half gives; None if there was one row.
         notes: what a reader must know.
     """
 
@@ -52,7 +54,8 @@ class LayerRepair:
     error_before: float
     error_bias: float
     error_after: float
-    damping: float
+    damping: float | None
+    held_out: float | None
     notes: tuple[str, ...]
 
 
@@ -73,10 +76,11 @@ class RepairReport:
         caption = "Squared error of a layer's output over that of the dense layer"
         table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
         table.add_column("layer", overflow="fold")
-        for heading in ("kept", "of", "removed", "bias", "repaired"):
+        for heading in ("kept", "of", "removed", "bias", "repaired", "held out"):
             table.add_column(heading, justify="right")
         for x in self.layers:
-            errors = (f"{e:.3g}" for e in (x.error_before, x.error_bias, x.error_after))
+            figures = (x.error_before, x.error_bias, x.error_after, x.held_out)
+            errors = ("" if e is None else f"{e:.3g}" for e in figures)
             table.add_row(escape(x.name), str(x.kept), str(x.features), *errors)
         return table
 
@@ -117,12 +121,13 @@ def repair_(
         slices: everything else that goes, rows above all: `(name, dimension)` -> what stays. The twin is
             masked with it, and errors are taken over the outputs that stay.
         mode: "sequential" or "parallel".
-        damping: of `reconstruct`.
+        damping: the least that is tried; see `reconstruct`. More is used where the half of the data that a
+            layer was not fitted to says so.
         tokens: of a convolution's positions take a sample; see `Tokens`.
         memory: bytes of moments held at once in parallel mode, but at least one layer's.
 
     Memory: the repaired weights, until all are written; in sequential mode a copy of the model, the
-    moments of one stage, three times 8 bytes times the square of its inputs, and for each of the two models
+    moments of one stage, six times 8 bytes times the square of its inputs, and for each of the two models
     the hidden states between two blocks on all batches; in parallel mode `memory`.
 
     Returns:
@@ -149,7 +154,7 @@ def repair_(
     if mode == _SEQUENTIAL:
         done = _sequential(fit, order, data, tokens or Tokens())
     else:
-        done = _parallel(fit, order.stages, data, tokens or Tokens(), memory)
+        done = _parallel(fit, order, data, tokens or Tokens(), memory)
     layers = []
     for consumer, solved, count in done:
         _write(model, consumer, solved)
@@ -169,12 +174,14 @@ class _Fitting:
     slices: Slices
     damping: float
 
-    def __call__(self, c: Consumer, found: Moments | CrossMoments, notes: tuple[str, ...] = ()) -> _Done:
+    def __call__(
+        self, c: Consumer, halves: Halves[Moments] | Halves[CrossMoments], notes: tuple[str, ...] = ()
+    ) -> _Done:
         bias = None if c.bias is None else self.model.get_parameter(c.bias).detach()
         weight = self.model.get_parameter(c.name).detach()
-        rows = self.slices.get((c.name, 1 - c.input_dim))
+        rows, keep, found = self.slices.get((c.name, 1 - c.input_dim)), self.keeps[c.name], halves.whole
         try:
-            solved = reconstruct(weight, bias, self.keeps[c.name], found, c.layout, self.damping, rows)
+            solved = reconstruct(weight, bias, keep, found, c.layout, self.damping, rows, halves.parts)
         except NonFiniteError as error:
             raise NonFiniteError(f"{c.name}: {error}") from None
         count = found.count if isinstance(found, Moments) else found.dense.count
@@ -197,9 +204,9 @@ def _sequential(fit: _Fitting, order: Order, data: Batches, tokens: Tokens) -> l
         if dense_passes.enter(stage) and not dense_passes.agree(first, order.calls[0]):
             dense_passes.whole()
             twin_passes.whole()
-        both = measure_both(fit.model, twin, [stage], data, tokens, run)
+        both = measure_both(fit.model, twin, [stage], data, tokens, order.several, run)
         alone = tuple(c for c in stage if c.name not in both)
-        dense = measure(fit.model, [alone], data, tokens) if alone else {}
+        dense = measure(fit.model, [alone], data, tokens, order.several) if alone else {}
         why = ("Fitted to inputs of the dense model: in the pruned one it gets other tokens.",)
         for c in stage:
             fitted = fit(c, both[c.name]) if c.name in both else fit(c, dense[c.name], why)
@@ -209,13 +216,11 @@ def _sequential(fit: _Fitting, order: Order, data: Batches, tokens: Tokens) -> l
     return done
 
 
-def _parallel(
-    fit: _Fitting, stages: Sequence[Stage], data: Batches, tokens: Tokens, memory: int
-) -> list[_Done]:
+def _parallel(fit: _Fitting, order: Order, data: Batches, tokens: Tokens, memory: int) -> list[_Done]:
     """All layers, each fitted to inputs of the dense model."""
     done: list[_Done] = []
-    for share in track(list(_shares(stages, memory)), "repairing"):
-        found = measure(fit.model, share, data, tokens)
+    for share in track(list(_shares(order.stages, memory)), "repairing"):
+        found = measure(fit.model, share, data, tokens, order.several)
         done.extend(fit(c, found[c.name]) for stage in share for c in stage if c.name in found)
     return done
 
@@ -225,7 +230,7 @@ def _shares(stages: Sequence[Stage], memory: int) -> Iterator[list[Stage]]:
     share: list[Stage] = []
     held = 0
     for stage in stages:
-        size = sum(8 * inputs**2 for inputs, *_ in {c.geometry for c in stage})
+        size = sum(16 * inputs**2 for inputs, *_ in {c.geometry for c in stage})
         if share and held + size > memory:
             yield share
             share, held = [], 0
@@ -260,4 +265,6 @@ def _write(model: nn.Module, consumer: Consumer, solved: Reconstructed) -> None:
 def _record(consumer: Consumer, keep: Tensor, solved: Reconstructed, count: int) -> LayerRepair:
     errors = (solved.error_before, solved.error_bias, solved.error_after)
     kept = int(keep.count_nonzero())
-    return LayerRepair(consumer.name, consumer.features, kept, count, *errors, solved.damping, solved.notes)
+    damping = None if math.isinf(solved.damping) else solved.damping
+    settings = damping, solved.held_out, solved.notes
+    return LayerRepair(consumer.name, consumer.features, kept, count, *errors, *settings)

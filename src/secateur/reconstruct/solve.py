@@ -17,6 +17,8 @@ from secateur.core.errors import MaskError, NonFiniteError, SecateurError
 from secateur.core.layout import Layout, Plain
 from secateur.reconstruct.moments import CrossMoments, Moments
 
+_DAMPINGS = (1.0, 10.0, 100.0, 1e3, 1e4)  # factors that are tried on data held out
+
 
 @dataclass(frozen=True, eq=False)
 class Reconstructed:
@@ -31,7 +33,8 @@ class Reconstructed:
         error_before: with the original weights, the removed ones zero.
         error_bias: with the original weights and the new bias that suits them (plain removal without a bias).
         error_after: with `weight` and `bias`, in their own precision.
-        damping: what was used, relative to the mean of the diagonal.
+        damping: what was used, relative to the mean of the diagonal; infinity for the original weights.
+        held_out: error on one half of the data of what the other half gives; None without halves.
         notes: what a reader must know.
     """
 
@@ -41,6 +44,7 @@ class Reconstructed:
     error_bias: float
     error_after: float
     damping: float
+    held_out: float | None
     notes: tuple[str, ...]
 
 
@@ -53,6 +57,7 @@ def reconstruct(
     layout: Layout | None = None,
     damping: float = 1e-4,
     rows: Bool[Tensor, " out"] | None = None,
+    halves: tuple[Moments, Moments] | tuple[CrossMoments, CrossMoments] | None = None,
 ) -> Reconstructed:
     r"""Weights on the kept inputs, and a bias, whose output is nearest to the dense layer's.
 
@@ -61,7 +66,8 @@ def reconstruct(
 
     with $A = \mathrm{Cov}(x, z)$ and $B = \mathrm{Cov}(z, z)$; without a bias $c$ is absent and $A$, $B$ are
     the second moments. In `Moments` $z$ is $x_K$. Everything is float64; the weight is cast back before the
-    bias is fitted and errors are taken. Of plain removal, the new bias alone and both, the best is returned.
+    bias is fitted and errors are taken. Of plain removal, the new bias alone and both, the best is returned;
+    with `halves` the one, and the damping, that does best on one half of the data when fitted to the other.
 
     Args:
         weight: as stored: `[out, in]`, `[in, out]` for `Transposed`, `[out, in, *kernel]` for `Convolution`.
@@ -72,6 +78,7 @@ def reconstruct(
         damping: $\lambda$ over the mean of the diagonal of $B$; raised, with a note, if $B + \lambda I$
             cannot be factorised.
         rows: outputs that errors are taken over, those that will stay; all if None.
+        halves: moments of two halves of the data, by which `damping` times 1, 10, 100, ... is chosen.
 
     Raises:
         MaskError: a mask or moments that do not fit the weight.
@@ -90,27 +97,38 @@ def reconstruct(
     tensor([[4., 2., 0.]])
     """
     layout = layout or Plain()
-    both = moments if isinstance(moments, CrossMoments) else CrossMoments.same(moments)
     matrix = layout.matrix(weight)
     features = layout.run(weight.shape)
     if tuple(keep.shape) != (features,):
         raise MaskError(f"keep=... has one entry for each of {features} features; got {tuple(keep.shape)}.")
     # Kernel taps lie outside and channels inside.
-    fit = _Fit.of(matrix, bias, keep.repeat(matrix.shape[1] // features), both, rows)
+    columns = keep.repeat(matrix.shape[1] // features)
+    fit = _Fit.of(matrix, bias, columns, moments, rows)
     if not 0 <= damping < float("inf"):
         raise SecateurError(
             f"damping=... is relative to the mean of the diagonal and at least 0; got {damping}."
         )
-    notes = _notes(bias, both.dense.count, fit)
-    solved, used = fit.weights(damping, notes)
-    solved = solved.to(weight.dtype).double()
+    count = moments.dense.count if isinstance(moments, CrossMoments) else moments.count
+    notes = _notes(bias, count, fit)
+    held_out, refit = None, True
+    if halves is not None and not bool(keep.all()):
+        first, second = (_Fit.of(matrix, bias, columns, half, rows) for half in halves)
+        damping, held_out, refit = _choose(first, second, damping)
     plain = _Try.of(fit, fit.W_OK, fit.bias_O)
-    with_bias = _Try.of(fit, fit.W_OK, fit.bias(fit.W_OK))
-    after = _Try.of(fit, solved, fit.bias(solved))
-    # Worse through rounding, or through a system so ill-conditioned that the solution is noise.
-    best = min((after, with_bias, plain), key=_Try.rank)
-    if best is not after and not bool(fit.keep.all()):
-        notes.append(f"Least squares gained nothing (error {after.error:.3g}): the weights are as before.")
+    with_bias = _Try.of(fit, fit.W_OK, fit.bias(fit.W_OK)) if refit else plain
+    best, used = min((with_bias, plain), key=_Try.rank), damping
+    if damping < math.inf:
+        solved, used = fit.weights(damping, notes)
+        solved = solved.to(weight.dtype).double()
+        after = _Try.of(fit, solved, fit.bias(solved))
+        # Worse through rounding, or through a system so ill-conditioned that the solution is noise.
+        best = min((after, best), key=_Try.rank)
+        if best is not after and not bool(fit.keep.all()):
+            notes.append(
+                f"Least squares gained nothing (error {after.error:.3g}): the weights are as before."
+            )
+    else:
+        notes.append("Least squares gained nothing on data held out: the weights are as before.")
     full = torch.zeros_like(fit.W_OI)
     full[:, fit.keep] = best.V_OK
     return Reconstructed(
@@ -120,8 +138,22 @@ def reconstruct(
         with_bias.error,
         best.error,
         used,
+        held_out,
         tuple(notes),
     )
+
+
+def _choose(first: _Fit, second: _Fit, damping: float) -> tuple[float, float, bool]:
+    """Damping that is best on `second` when fitted to `first`, its error there, and whether the bias is new.
+
+    Infinite damping stands for the original weights.
+    """
+    tries = [(math.inf, _Try.of(second, first.W_OK, c)) for c in (first.bias_O, first.bias(first.W_OK))]
+    for factor in _DAMPINGS:
+        V_OK, used = first.weights(damping * factor, [])
+        tries.append((used, _Try.of(second, V_OK, first.bias(V_OK))))
+    best = min(range(len(tries)), key=lambda i: tries[i][1].rank())
+    return tries[best][0], tries[best][1].error, best > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +189,14 @@ class _Fit:
 
     @classmethod
     def of(
-        cls, W: Tensor, bias: Tensor | None, kept: Tensor, both: CrossMoments, rows: Tensor | None
+        cls,
+        W: Tensor,
+        bias: Tensor | None,
+        kept: Tensor,
+        moments: Moments | CrossMoments,
+        rows: Tensor | None,
     ) -> _Fit:
+        both = moments if isinstance(moments, CrossMoments) else CrossMoments.same(moments)
         inputs, device = W.shape[1], both.dense.mean.device
         if both.dense.mean.shape != (inputs,):
             raise MaskError(
