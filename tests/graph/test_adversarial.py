@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.graph import Graph
 from tests.graph.prove import Module, prove
 
 N = 8
@@ -254,3 +255,25 @@ def test_the_default_scale_of_attention_is_kept_in_every_rank(rank):
     found = {g.kind: g for g in graph.groups()}
     assert found.keys() == {"heads", "head_dim"}
     assert found["heads"].exact and found["head_dim"].exact  # since the trained scale is kept
+
+
+class Remembers(nn.Module):
+    """Writes what it computed into a small buffer, and asks the buffer which way to go."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(N, 12), nn.Linear(12, 2)
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.up(x)
+        self.seen.copy_(y.square().sum()[None])
+        return self.down(torch.relu(y)) if self.seen.item() > 0 else x[..., :2]
+
+
+def test_a_buffer_that_was_written_to_has_no_values_of_before():
+    model = Remembers()
+    graph = Graph.trace(model.double(), randn(3, N))
+    assert graph.traced.engine == "real" and "reads values" in graph.notes[0]
+    assert [g.kind for g in graph.groups()] == ["neurons"]  # of the way that it really goes
+    assert float(model.seen) == 0.0

@@ -1,5 +1,6 @@
 """Passes that begin in the middle of a model and stop early give what whole passes give, with less work."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -63,6 +64,16 @@ class Tuples(Deep):
     def one(self, block, x):
         x = block(x, scale=0.5)
         return x, x.norm()
+
+
+class Masked(Deep):
+    """Every block gets something that belongs to the batch, beside the hidden state."""
+
+    def forward(self, x, mask):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, scale=mask)
+        return self.head(x)
 
 
 class Skips(Deep):
@@ -234,3 +245,30 @@ def test_the_chain_of_a_model(generator):
     assert pair.last_before(5) == {2, 3, 4}
     assert chain(Again(3)).blocks == ("blocks.1", "blocks.2")
     assert chain(Staged()).blocks[0] == "stages.0.0.0" and all(chain(Staged()).follows[1:])
+
+
+class Shuffling:
+    """A loader that gives its batches in another order each time, the first one first."""
+
+    def __init__(self, batches):
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self):
+        first, *others = self.batches
+        order = others[self.reads % len(others) :] + others[: self.reads % len(others)]
+        self.reads += 1
+        return iter([first, *order])
+
+
+def test_a_loader_that_shuffles_is_read_once(generator):
+    model = Masked().double()
+    keeps, slices = half(model, generator)
+    data = []
+    for i in range(4):
+        x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+        data.append({"x": x, "mask": torch.full((1, D), float(i + 1), dtype=torch.float64)})
+    other = copy.deepcopy(model)
+    repair_(model, keeps, data, slices=slices)
+    repair_(other, keeps, Shuffling(data), slices=slices)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-9), name

@@ -90,13 +90,14 @@ class _RuleMode(TorchDispatchMode):
     def __init__(self, types: Types, engine: Engine) -> None:
         super().__init__()
         self.types, self.engine = types, engine
-        self._known: dict[int, tuple[str, Rule | None]] = {}  # by id, since hashing operators is slow
+        # By id, since hashing operators is slow; the operator is kept, so that an id means one.
+        self._known: dict[int, tuple[str, Rule | None, Any]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out, args, kwargs = self.engine.run(func, args, kwargs or {})
-        name, rule = self._known.get(id(func)) or self._look_up(func)
+        name, rule, _ = self._known.get(id(func)) or self._look_up(func)
         if name.startswith("prim::"):
             return out
         self.types.operators[name] += 1
@@ -109,12 +110,12 @@ class _RuleMode(TorchDispatchMode):
             self._refuse(call, error)
         return out
 
-    def _look_up(self, func: Any) -> tuple[str, Rule | None]:
+    def _look_up(self, func: Any) -> tuple[str, Rule | None, Any]:
         name = func._schema.name
         rule = RULES.get(f"{name}.{func._schema.overload_name}") or RULES.get(name)
         if rule is None and is_pointwise(func, name.rpartition("::")[2]):
             rule = pointwise
-        return self._known.setdefault(id(func), (name, rule))
+        return self._known.setdefault(id(func), (name, rule, func))
 
     def _refuse(self, call: Call, error: Exception) -> None:
         """Freeze all that the call touches: what is not understood is not cut."""

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from secateur.collect.batches import Batches, as_batches
+from secateur.collect.batches import Batch, as_batches
 from secateur.core.errors import MaskError, NonFiniteError, SecateurError
 from secateur.core.names import unwrap
 from secateur.printing import printed
@@ -127,8 +127,8 @@ def repair_(
         memory: bytes of moments held at once in parallel mode, but at least one layer's.
 
     Memory: the repaired weights, until all are written; in sequential mode a copy of the model, the
-    moments of one stage, six times 8 bytes times the square of its inputs, and for each of the two models
-    the hidden states between two blocks on all batches; in parallel mode `memory`.
+    moments of one stage, six times 8 bytes times the square of its inputs, the batches, and for each
+    of the two models the hidden states between two blocks on all batches; in parallel mode `memory`.
 
     Returns:
         Errors of each layer, and the layers left with plain removal: what `consumers_of` leaves out, and what
@@ -146,7 +146,9 @@ def repair_(
     consumers, reasons = consumers_of(model, keeps)
     everything = _merged(consumers, keeps, slices or {})
     check_slices(model, everything)
-    data = as_batches(batches, device_of(model), "Repair fits weights to data")
+    data: Iterable[Batch] = as_batches(batches, device_of(model), "Repair fits weights to data")
+    if mode == _SEQUENTIAL:
+        data = list(data)  # what is kept of a batch goes with this batch, and a loader may shuffle
     order = order_of(model, consumers, data)
     reached = {c.name for stage in order.stages for c in stage}
     reasons |= {c.name: "no batch reached it" for c in consumers if c.name not in reached}
@@ -188,7 +190,7 @@ class _Fitting:
         return c, replace(solved, notes=(*notes, *solved.notes)), count
 
 
-def _sequential(fit: _Fitting, order: Order, data: Batches, tokens: Tokens) -> list[_Done]:
+def _sequential(fit: _Fitting, order: Order, data: Iterable[Batch], tokens: Tokens) -> list[_Done]:
     """All layers, each fitted to the inputs that the repaired ones before it pass on."""
     twin = masked_twin(fit.model, fit.slices)
     first = next(iter(data))
@@ -216,7 +218,7 @@ def _sequential(fit: _Fitting, order: Order, data: Batches, tokens: Tokens) -> l
     return done
 
 
-def _parallel(fit: _Fitting, order: Order, data: Batches, tokens: Tokens, memory: int) -> list[_Done]:
+def _parallel(fit: _Fitting, order: Order, data: Iterable[Batch], tokens: Tokens, memory: int) -> list[_Done]:
     """All layers, each fitted to inputs of the dense model."""
     done: list[_Done] = []
     for share in track(list(_shares(order.stages, memory)), "repairing"):

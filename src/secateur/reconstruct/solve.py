@@ -115,8 +115,8 @@ def reconstruct(
         first, second = (_Fit.of(matrix, bias, columns, half, rows) for half in halves)
         damping, held_out, refit = _choose(first, second, damping)
     plain = _Try.of(fit, fit.W_OK, fit.bias_O)
-    with_bias = _Try.of(fit, fit.W_OK, fit.bias(fit.W_OK)) if refit else plain
-    best, used = min((with_bias, plain), key=_Try.rank), damping
+    with_bias = _Try.of(fit, fit.W_OK, fit.bias(fit.W_OK))
+    best, used = min((with_bias, plain) if refit else (plain,), key=_Try.rank), damping
     if damping < math.inf:
         solved, used = fit.weights(damping, notes)
         solved = solved.to(weight.dtype).double()
@@ -149,8 +149,8 @@ def _choose(first: _Fit, second: _Fit, damping: float) -> tuple[float, float, bo
     Infinite damping stands for the original weights.
     """
     tries = [(math.inf, _Try.of(second, first.W_OK, c)) for c in (first.bias_O, first.bias(first.W_OK))]
-    for factor in _DAMPINGS:
-        V_OK, used = first.weights(damping * factor, [])
+    for tried in dict.fromkeys(damping * factor for factor in _DAMPINGS):
+        V_OK, used = first.weights(tried, [])
         tries.append((used, _Try.of(second, V_OK, first.bias(V_OK))))
     best = min(range(len(tries)), key=lambda i: tries[i][1].rank())
     return tries[best][0], tries[best][1].error, best > 0
