@@ -44,6 +44,7 @@ def test_every_group_cost_and_reason_is_there():
         row = [c for c in cells[i + 1 : i + 12] if c]
         assert row[:2] == [str(g.size), str(g.kept)] and g.kept < g.size
     for a, b in [
+        (report.before.dense_bytes, report.after.dense_bytes),
         (report.before.parameters, report.after.parameters),
         (report.before.macs, report.after.macs),
     ]:

@@ -191,7 +191,7 @@ def _cuts(data: Any) -> Cuts:
             raise ArtifactError(
                 f"The surgery is damaged: the cut of {name} is not for its shape, {list(shape)}."
             )
-    kept_scales = [(f"attention in {m}", (s,)) for m, _, s in cuts.kept_scales]
+    kept_scales = [(f"attention in {m or 'the model'}", (s,)) for m, _, s in cuts.kept_scales]
     for name, scale in (*cuts.scales.items(), *kept_scales):
         if not all(map(math.isfinite, scale)):
             raise ArtifactError(f"The surgery is damaged: the scale of {name} is not finite.")

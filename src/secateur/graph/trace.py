@@ -172,6 +172,10 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], how
         drop_caches(model)
         modules = list(model.named_modules())
         stack.enter_context(_untouched(m for _, m in modules))
+        if how == "real":
+            stack.callback(
+                _put_back, [(s.tensor, s.tensor.clone()) for s in types.stored.values() if not s.is_parameter]
+            )
         stack.enter_context(unfused())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -285,6 +289,13 @@ def _untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
                     live.update(content) if isinstance(live, dict) else live.extend(content)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+def _put_back(saved: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Values of buffers, where the pass wrote to them."""
+    for tensor, value in saved:
+        if not torch.equal(tensor, value):
+            tensor.copy_(value)
 
 
 def _containers(attributes: Mapping[str, Any]) -> dict[str, Any]:
