@@ -45,7 +45,7 @@ def main() -> None:
     methods = [METHODS[name] for name in arguments.methods]
     for name in arguments.tasks:
         if name == "latency":
-            latency.run(methods)
+            latency.run()
         else:
             run(TASKS[name], methods, arguments.seeds, arguments.tuned_seeds)
         table.write(TASKS.values())

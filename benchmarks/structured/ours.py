@@ -36,11 +36,13 @@ class Secateur:
 
     Attributes:
         repair: how the weights that stay are fitted to the calibration data; None: not at all.
+        multiple_of: what the kept numbers of units are multiples of.
         random: random units in place of the lowest scores, the same share everywhere.
     """
 
     name: str = "secateur"
     repair: str | None = "sequential"
+    multiple_of: int = 1
     random: bool = False
 
     def variants(self, task: Task, target: Target) -> tuple[str, ...]:
@@ -67,6 +69,7 @@ class Secateur:
                 kinds=KINDS[target.kind],
                 batches=None if self.random else task.calibration(seed),
                 loss=None if self.random else task.loss,
+                multiple_of=self.multiple_of,
                 repair=self.repair,  # type: ignore[arg-type]
             )
         except sc.SecateurError as error:

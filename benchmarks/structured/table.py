@@ -114,7 +114,7 @@ def _latency(rows: Rows) -> list[str]:
         "| model | removed | method | MACs | time | quartiles | times faster | share |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    what = {case.name: case.what for case in CASES}
+    what, reasons = {case.name: case.what for case in CASES}, []
     for cell, row in mine.items():
         if row.get("note"):
             continue
@@ -123,4 +123,8 @@ def _latency(rows: Rows) -> list[str]:
             f"| {what[cell.task]} | {cell.target} | {cell.method} | {row['macs']:.1%} | {row['time']:.3f} | "
             f"{between} | {1 / row['time']:.2f} | {row['share']:.0%} |"
         )
+        if row.get("why"):
+            reasons.append(f"- {what[cell.task]}, {cell.target}, {cell.method}: {row['why']}")
+    if reasons:
+        lines += ["", "Where the share is below 80 %, the report of the pruned model says why:", "", *reasons]
     return [*lines, ""]

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.measure import Measurement
+from secateur.operators import OperatorTime
 from secateur.pages import footer
 from secateur.report import Section, Table, compact, percent, render
 from secateur.report.figures import grouped_bars, layer_bars
 from secateur.shrunk import GroupRecord, ShrinkReport
 
+_SHORTEST = 0.01  # share of the time below which an operator is not listed
 _SMALLEST = 5e-4  # share of the parameters below which a frozen dimension is not listed
 
 
@@ -24,7 +26,7 @@ def shrink_page(report: ShrinkReport) -> str:
     ]
     if before.latency and after.latency:
         facts.append(("time", f"{1e3 * before.latency.median:.1f} → {1e3 * after.latency.median:.1f} ms"))
-    sections = [_cost_section(before, after), _groups_section(report)]
+    sections = [_cost_section(before, after), _time_section(report), _groups_section(report)]
     if report.repairs:
         sections.append(_repair_section(report))
     sections += [_proof_section(report), _frozen_section(report), _how_section(report)]
@@ -63,6 +65,31 @@ def _cost_section(before: Measurement, after: Measurement) -> Section:
         format=percent,
     )
     return Section("Size and cost", figures=[bars], tables=[Table(("", "dense", "smaller", "left"), rows)])
+
+
+def _time_section(report: ShrinkReport) -> Section:
+    """Where the time goes, operator by operator, and why it did not fall by more."""
+    dense, smaller = (
+        {t.name: t for t in times} for times in (report.operators_before, report.operators_after)
+    )
+    whole = sum(t.seconds for t in dense.values()) or 1.0
+    shown = [name for name in dense if dense[name].seconds >= _SHORTEST * whole]
+    rows = [(name, *_times(dense[name], smaller.get(name))) for name in shown]
+    text = (
+        "One forward pass on the example input. Products: calls that multiply matrices; uneven: those with a "
+        "weight whose size is no multiple of the vector width."
+    )
+    table = Table(("operator", "calls", "dense", "smaller", "left", "products", "uneven"), rows)
+    notes = (report.why_not_faster,) if report.why_not_faster else ()
+    return Section("Where the time goes", text, tables=[table], notes=notes)
+
+
+def _times(old: OperatorTime, new: OperatorTime | None) -> tuple[Any, ...]:
+    seconds = 0.0 if new is None else new.seconds
+    uneven = f"{old.uneven} → {0 if new is None else new.uneven}" if old.products else ""
+    times = (f"{1e3 * t:.2f} ms" for t in (old.seconds, seconds))
+    left = percent(seconds / old.seconds) if old.seconds else "-"
+    return old.calls, *times, left, "yes" if old.products else "", uneven
 
 
 def _groups_section(report: ShrinkReport) -> Section:

@@ -18,6 +18,7 @@ from secateur.budget import format_amount
 from secateur.core.files import write_text
 from secateur.graph import Check
 from secateur.measure import Measurement
+from secateur.operators import OperatorTime
 from secateur.printing import printed
 from secateur.reconstruct import RepairReport
 from secateur.record import versions
@@ -54,6 +55,9 @@ class ShrinkReport:
         frozen: why dimensions cannot be cut, and the share of parameters in them; the largest first.
         before: costs of the dense model.
         after: costs of what is left, measured anew.
+        operators_before: time of each operator of the dense model, longest first.
+        operators_after: of what is left.
+        why_not_faster: why the time fell by much less than the multiply-accumulates; None where it did not.
         asked: what the budget allows, in its unit.
         got: what came out.
         check: output against the dense model with the same units at zero, of the worst step; None if a step
@@ -70,6 +74,9 @@ class ShrinkReport:
     frozen: tuple[tuple[str, float], ...]
     before: Measurement
     after: Measurement
+    operators_before: tuple[OperatorTime, ...]
+    operators_after: tuple[OperatorTime, ...]
+    why_not_faster: str | None
     asked: float
     got: float
     check: Check | None
@@ -97,6 +104,11 @@ class ShrinkReport:
             "frozen": [{"reason": reason, "share": share} for reason, share in self.frozen],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "operators": {
+                "before": [asdict(t) for t in self.operators_before],
+                "after": [asdict(t) for t in self.operators_after],
+            },
+            "why_not_faster": self.why_not_faster,
             "asked": self.asked,
             "got": self.got,
             "check": asdict(self.check) if self.check else None,
@@ -119,6 +131,8 @@ class ShrinkReport:
             lines.append(f"Against the dense model with the same units at zero: {self.check}.")
         if self.unproved is not None:
             lines.append(f"Not compared with the dense model: {self.unproved}.")
+        if self.why_not_faster is not None:
+            lines.append(self.why_not_faster)
         lines += [
             f"Frozen, {share:.1%} of the parameters: {reason}." for reason, share in self.frozen[:_FROZEN]
         ]

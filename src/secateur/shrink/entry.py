@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -17,6 +18,7 @@ from secateur.core.names import unwrap
 from secateur.criteria import Criterion, Magnitude
 from secateur.graph import Check, Graph, Group
 from secateur.measure import Measurement, as_call, measure
+from secateur.operators import OperatorTime, operator_times, vector_width, why_not_faster
 from secateur.progress import track
 from secateur.scoring import GroupCriterion
 from secateur.selection import Isomorphic, Scope
@@ -100,7 +102,7 @@ def shrink_(
         [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
     )
     kinds = (kinds,) if isinstance(kinds, str) else kinds
-    before = measure(model, example)
+    before = _Costs.of(model, example)
     args, kwargs = as_call(example)
     dense = Graph.trace(model, *args, **kwargs)
     given = {
@@ -111,11 +113,11 @@ def shrink_(
     }
     wanted = Wanted.of(dense, kinds, (exclude,) if isinstance(exclude, str) else tuple(exclude), given)
     done, saved = _Done(dense), _Saved(model if asked.repair else None)
-    whole = amount(budget, dense.cost(), before)
+    whole = amount(budget, dense.cost(), before.measured)
     try:
         for limit in track(targets(budget.limit(whole), whole, steps), "shrinking", steps):
             done.add(take_step(done.graph, done.origins, wanted, limit, asked))
-        after = measure(model, example)
+        after = _Costs.of(model, example)
     except BaseException:
         done.undo(saved)
         raise
@@ -145,6 +147,23 @@ def check_choices(budget: Any, scope: Any, repair: Any) -> None:
         raise SecateurError(f"scope=... is Isomorphic(), Global() or Local(); got {scope!r}.")
     if repair is not None and repair not in get_args(Repair):
         raise SecateurError(f'repair=... is "parallel", "sequential" or None; got {repair!r}.')
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a model costs, and where its time goes."""
+
+    measured: Measurement
+    operators: tuple[OperatorTime, ...]
+    width: int
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any) -> _Costs:
+        width = max((vector_width(p) for p in model.parameters()), default=1)
+        return cls(measure(model, example), operator_times(model, example), width)
+
+    def slower_than_expected(self, dense: _Costs) -> str | None:
+        return why_not_faster(dense.measured, self.measured, dense.operators, self.operators, self.width)
 
 
 class _Done:
@@ -204,8 +223,8 @@ def _report(
     budget: Budget,
     done: _Done,
     saved: _Saved,
-    before: Measurement,
-    after: Measurement,
+    before: _Costs,
+    after: _Costs,
     seconds: float,
 ) -> ShrinkReport:
     groups = (
@@ -217,10 +236,13 @@ def _report(
         settings=settings,
         groups=tuple(groups),
         frozen=tuple((f.reason, f.share) for f in done.dense.frozen()),
-        before=before,
-        after=after,
-        asked=budget.limit(amount(budget, done.dense.cost(), before)),
-        got=amount(budget, done.graph.cost(), after),
+        before=before.measured,
+        after=after.measured,
+        operators_before=before.operators,
+        operators_after=after.operators,
+        why_not_faster=after.slower_than_expected(before),
+        asked=budget.limit(amount(budget, done.dense.cost(), before.measured)),
+        got=amount(budget, done.graph.cost(), after.measured),
         check=check,
         unproved=unproved,
         repairs=tuple(step.repaired for step in done.steps if step.repaired is not None),
