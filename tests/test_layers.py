@@ -600,6 +600,23 @@ def test_damaged_records_are_refused() -> None:
         bad["changes"]["cuts"][0]["kept"] = kept
         with pytest.raises(ArtifactError, match="damaged"):
             replay_(model, bad)
+    edit = {"module": "layers.0", "path": ["layer_idx"], "old": 1, "new": 0}
+    for entry in (
+        {"path": []},
+        {"path": ["__class__", "x"]},
+        {"path": [0]},
+        {"new": {"x": 1}},
+        {"module": 3},
+    ):
+        bad = copy.deepcopy(data)
+        bad["changes"]["edits"] = [edit | entry]
+        with pytest.raises(ArtifactError, match="damaged"):
+            replay_(model, bad)
+    for entry in ({"stack": 1}, {"length": "3"}, {"kept": [0.0, 1]}):
+        bad = copy.deepcopy(data)
+        bad["changes"]["cuts"][0] |= entry
+        with pytest.raises(ArtifactError, match="damaged"):
+            replay_(model, bad)
     other = copy.deepcopy(data)
     other["changes"]["cuts"][0]["stack"] = "blocks"
     with pytest.raises(SelectionError, match="no module 'blocks'"):

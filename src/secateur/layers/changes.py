@@ -76,10 +76,25 @@ class Changes:
             edits = tuple(Edit(e["module"], tuple(e["path"]), e["old"], e["new"]) for e in data["edits"])
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"The record of dropped blocks is damaged: {error!r}.") from None
+        if not all(map(_is_edit, edits)) or not all(map(_is_cut, cuts)):
+            raise ArtifactError(
+                "The record of dropped blocks is damaged: entries of other types than written."
+            )
         for c in cuts:
             if not c.kept or [*c.kept] != sorted({*c.kept}) or not 0 <= c.kept[0] <= c.kept[-1] < c.length:
                 raise ArtifactError(f"The record of dropped blocks is damaged: {c.stack} keeps {[*c.kept]}.")
         return cls(cuts, edits)
+
+
+def _is_cut(cut: Cut) -> bool:
+    return isinstance(cut.stack, str) and all(type(n) is int for n in (cut.length, *cut.kept))
+
+
+def _is_edit(edit: Edit) -> bool:
+    """Whether names are plain attributes and values integers or lists, as in a record that was written."""
+    names = all(isinstance(step, str) and not step.startswith("__") for step in edit.path)
+    values = all(type(v) is int or isinstance(v, list) for v in (edit.old, edit.new))
+    return isinstance(edit.module, str) and bool(edit.path) and names and values
 
 
 class Journal:
