@@ -146,9 +146,13 @@ class NM:
             keep[keep.clone()] = keep_largest(scores[keep], remove - forced)
         return keep
 
+    def forced(self, entries: int) -> int:
+        """Of so many entries, those that the pattern itself removes."""
+        return entries // self.m * (self.m - self.n)
+
     def _forced(self, entries: int, remove: int) -> int:
-        """Entries that the pattern itself removes; `PatternError` if that is more than asked."""
-        forced = entries // self.m * (self.m - self.n)
+        """The same; `PatternError` if that is more than asked."""
+        forced = self.forced(entries)
         if 0 < remove < forced:
             raise PatternError(
                 f"NM({self.n}, {self.m}) removes at least {1 - self.n / self.m:.4g} of a layer, so a "

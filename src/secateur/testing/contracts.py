@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from secateur.core.errors import PatternError, StatsError
 from secateur.core.names import Where, select
 from secateur.core.topk import count
 from secateur.criteria import Criterion
-from secateur.patterns import Pattern, Unstructured
+from secateur.patterns import NM, Pattern, PerRow, Unstructured
+from secateur.solvers import Quadratic, Solver
 
 _SPARSITIES = (0.0, 0.003, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.55, 0.6, 2 / 3, 0.75, 0.9, 0.995, 1.0)
 _SHAPES = ((1, 1), (1, 7), (5, 3), (4, 16), (12, 8), (24, 48), (64, 64))
@@ -46,6 +47,72 @@ def check_pattern(pattern: Pattern) -> None:
     small = [s for s in shapes if s.numel() <= 1 << 11]
     for shape in small[-2:]:
         _check_units(pattern, shape)
+
+
+def check_solver(solver: Solver, patterns: Sequence[Pattern] = (Unstructured(), PerRow(), NM(2, 4))) -> None:
+    """A solver prunes exactly as asked, says the error that it makes, and does better than no update.
+
+    On layers of 24 outputs and of one, with correlated inputs, one of them always zero, for each pattern and
+    sparsities from 0 to 1:
+
+    - `keep` has the count of the pattern, and its shape: `pattern.keep` of the mask itself changes nothing;
+    - weights are float32, finite, zero where not kept, and go first where inputs are always zero;
+    - at sparsity 0 the weights of live inputs stay as they are;
+    - `error` is that of the weights, at most that of magnitude pruning without an update, and grows with the
+      sparsity;
+    - the same call gives the same result, and changes nothing that it was given.
+
+    Raises `AssertionError` if one of these does not hold.
+    """
+    matrix, gram = _layer_problem()
+    for pattern, weight in product(patterns, (matrix, matrix[:1])):
+        last = 0.0
+        for sparsity in (0.0, 0.5, 0.75, 1.0) if isinstance(pattern, Unstructured | PerRow) else (0.0, 0.5):
+            where = f"{solver} with {pattern} at {sparsity} on {len(weight)} rows"
+            given = weight.clone(), gram.clone()
+            objective = Quadratic(given[1], solver.damping)
+            solved = solver(given[0], objective, pattern, sparsity)
+            _require(
+                torch.equal(given[0], weight) and torch.equal(given[1], gram), f"{where}: changes its input"
+            )
+            again = solver(weight, Quadratic(gram, solver.damping), pattern, sparsity)
+            _require(torch.equal(solved.weight, again.weight), f"{where}: two calls differ")
+            _require(solved.weight.dtype == torch.float32, f"{where}: weights of {solved.weight.dtype}")
+            _require(bool(solved.weight.isfinite().all()), f"{where}: weights that are not finite")
+            _require(not bool(solved.weight[~solved.keep].any()), f"{where}: a removed weight is not zero")
+            gone = int((~solved.keep).sum())
+            asked = round(pattern.reachable(weight.shape, sparsity) * weight.numel())
+            _require(gone == asked, f"{where}: removes {gone} weights instead of {asked}")
+            _require(
+                torch.equal(pattern.keep(solved.keep.float(), sparsity), solved.keep),
+                f"{where}: no such pattern",
+            )
+            error = objective.error(solved.weight, weight)
+            _require(abs(error - solved.error) <= 1e-5 * max(1e-3, error), f"{where}: the error is {error}")
+            plain = objective.error(weight * pattern.keep(weight.abs(), sparsity), weight)
+            _require(
+                error <= plain * (1 + 1e-4) + 1e-9, f"{where}: {error} where plain removal makes {plain}"
+            )
+            _require(error >= last - 1e-6, f"{where}: a smaller error than with less sparsity")
+            if sparsity == 0:
+                live = ~objective.dead_I
+                same = torch.allclose(solved.weight[:, live], weight[:, live], atol=1e-4)
+                _require(same, f"{where}: weights change although none goes")
+            if sparsity in (0.5, 0.75) and isinstance(pattern, Unstructured):
+                _require(
+                    not bool(solved.keep[:, objective.dead_I].any()),
+                    f"{where}: keeps weights of a dead input",
+                )
+            last = error
+
+
+def _layer_problem() -> tuple[Tensor, Tensor]:
+    """A weight, and the Gram matrix of correlated inputs of unlike scale, one of them always zero."""
+    draw = torch.Generator().manual_seed(0)
+    mix = torch.randn(32, 32, generator=draw) / 32**0.5
+    x = torch.randn(400, 32, generator=draw) @ mix * torch.randn(32, generator=draw).exp()
+    x[:, 5] = 0
+    return torch.randn(24, 32, generator=draw), x.T @ x / len(x)
 
 
 def check_allocation(allocation: Allocation, pattern: Pattern | None = None) -> None:
