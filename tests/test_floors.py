@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "secateur"
 FLOORS = [
     "core",
     "stats criteria patterns schedules allocation solvers budget",
-    "masks collect batchnorm measure operators record inspection progress printing graph surgery callsites swaps",
+    "masks collect batchnorm measure operators record inspection progress printing graph surgery callsites "
+    "swaps",
     "prune layerwise shrink shrunk scoring selection reconstruct layers stream training lottery",
     "runtime artifacts report pages shrink_page integrations",
     "recipe cli demo testing __init__ __main__",

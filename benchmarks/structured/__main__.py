@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="of random units, before fine-tuning")
     parser.add_argument("--tuned-seeds", type=int, default=1, help="of fine-tuning")
+    parser.add_argument("--targets", nargs="*", metavar="target", help='such as "MACs / 3"; all if not given')
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -47,7 +49,10 @@ def main() -> None:
         if name == "latency":
             latency.run()
         else:
-            run(TASKS[name], methods, arguments.seeds, arguments.tuned_seeds)
+            task = TASKS[name]
+            if arguments.targets:
+                task = replace(task, targets=tuple(t for t in task.targets if t.label in arguments.targets))
+            run(task, methods, arguments.seeds, arguments.tuned_seeds)
         table.write(TASKS.values())
 
 

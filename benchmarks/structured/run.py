@@ -22,26 +22,29 @@ CONTENDERS = 3  # variants that a few steps of fine-tuning compare
 
 
 def run(task: Task, methods: list[Method], seeds: int, tuned_seeds: int) -> None:
-    """Every missing cell of the task: all targets as pruned, then fine-tuning, which takes longest."""
+    """Every missing cell of the task: all targets as pruned, then fine-tuning, which takes longest.
+
+    Random units are drawn `seeds` times. Other methods prune once, and what they give is fine-tuned
+    `tuned_seeds` times, with the data in another order.
+    """
     dense = task.make()
     cost = macs(dense, task)
     whole = Cell(task.name, "dense", "dense", "", 0, "test")
     if whole not in cells.read():
         values = {s: task.metric(dense, s) for s in ("valid", "test")}
         cells.write(whole, {"valid_raw": values["valid"], "raw": values["test"], "macs": cost})
-    # Without random scores, a seed would change the order of the data in fine-tuning alone.
     runs = [
         Run(task, target, method, seed, dense, cost)
         for target in task.targets
         for method in methods
-        for seed in range(seeds if method.name.startswith("random") else tuned_seeds)
+        for seed in range(seeds if method.name.startswith("random") else 1)
         if method.variants(task, target)
     ]
     for one in runs:
         one.before()
     for one in runs:
-        if task.tune and one.target.kind in task.tuned and one.seed < tuned_seeds:
-            one.after()
+        if task.tune and one.target.kind in task.tuned:
+            one.after(tuned_seeds)
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ class Run:
     dense: nn.Module
     cost: int
 
-    def key(self, variant: str, stage: str) -> Cell:
+    def key(self, variant: str, stage: str, seed: int | None = None) -> Cell:
         """The cell of a variant at a stage."""
-        return Cell(self.task.name, self.target.label, self.method.name, variant, self.seed, stage)
+        seed = self.seed if seed is None else seed
+        return Cell(self.task.name, self.target.label, self.method.name, variant, seed, stage)
 
     def pruned(self, variant: str) -> nn.Module:
         """A pruned copy of the dense model."""
@@ -72,8 +76,12 @@ class Run:
             for variant in ranked(self.task, rows, metric)[:1]:
                 self._once(variant, "test", self._test)
 
-    def after(self) -> None:
+    def after(self, seeds: int) -> None:
         """The best variants by a few steps of fine-tuning, and the best of these by the whole recipe."""
+        if self.method.name.startswith("random"):
+            if self.seed >= seeds:
+                return
+            seeds = 1
         metric = "valid_bn" if self.task.batchnorm else "valid_raw"
         contenders = ranked(self.task, self._rows("pruned"), metric)[:CONTENDERS]
         if len(contenders) > 1:
@@ -82,10 +90,14 @@ class Run:
             rows = {v: row for v, row in self._rows("probe").items() if v in contenders}
             contenders = ranked(self.task, rows, "valid_tuned")
         for variant in contenders[:1]:
-            self._once(variant, "tuned", self._tune)
+            for i in range(seeds):
+                seed = self.seed + i
+                self._once(variant, "tuned", partial(self._tune, seed=seed), seed)
 
-    def _once(self, variant: str, stage: str, work: Callable[[str], dict[str, Any]]) -> None:
-        key = self.key(variant, stage)
+    def _once(
+        self, variant: str, stage: str, work: Callable[[str], dict[str, Any]], seed: int | None = None
+    ) -> None:
+        key = self.key(variant, stage, seed)
         if key in cells.read():
             return
         started = time.perf_counter()
@@ -119,10 +131,10 @@ class Run:
             values["bn"] = self.task.metric(repaired(model, self.task), "test")
         return values
 
-    def _tune(self, variant: str, probe: bool = False) -> dict[str, Any]:
+    def _tune(self, variant: str, probe: bool = False, seed: int | None = None) -> dict[str, Any]:
         assert self.task.tune is not None
         model = self.pruned(variant)
-        self.task.tune(model, self.task.probe if probe else None, self.seed)
+        self.task.tune(model, self.task.probe if probe else None, self.seed if seed is None else seed)
         if probe:
             return {"valid_tuned": self.task.metric(model, "valid")}
         return {"tuned": self.task.metric(model, "test")}
