@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
@@ -19,14 +21,26 @@ class Solved:
     Attributes:
         weight: float32 `[out, in]`, zero where not kept.
         keep: True for the entries that survive.
-        error: squared error of the layer's output over its power, on the data of the Gram matrix.
         notes: what a reader must know, such as a damping that was raised.
     """
 
     weight: Float[Tensor, "out in"]
     keep: Bool[Tensor, "out in"]
-    error: float
     notes: tuple[str, ...]
+    _error: Callable[[], float] = field(repr=False)
+
+    @classmethod
+    def of(cls, weight: Tensor, keep: Tensor, dense: Tensor, objective: Quadratic) -> Solved:
+        """With the notes of the objective."""
+        return cls(weight, keep, tuple(objective.notes), lambda: objective.error(weight, dense))
+
+    @cached_property
+    def error(self) -> float:
+        """Squared error of the layer's output over its power, on the data of the Gram matrix.
+
+        Computed when asked for: it takes two products of matrices, as much as a sweep.
+        """
+        return self._error()
 
 
 @runtime_checkable

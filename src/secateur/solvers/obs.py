@@ -52,7 +52,7 @@ class OBS:
         rank_OI = torch.cat(traces)
         keep = _cut(rank_OI, pattern, sparsity)
         solved = exact(weight, keep, objective)
-        return Solved(solved, keep, objective.error(solved, weight), tuple(objective.notes))
+        return Solved.of(solved, keep, weight, objective)
 
 
 def _trace(W_RI: Tensor, inverse_II: Tensor, pattern: Pattern) -> Tensor:

@@ -54,7 +54,7 @@ class SparseGPT:
         W_IO[objective.dead_I] = 0
         keep_IO = sweep_(W_IO, objective.upper_II, pattern, sparsity, self.block)
         solved = W_IO.T.contiguous()
-        return Solved(solved, keep_IO.T.contiguous(), objective.error(solved, W_OI), tuple(objective.notes))
+        return Solved.of(solved, keep_IO.T.contiguous(), W_OI, objective)
 
 
 def sweep_(
