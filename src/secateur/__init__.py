@@ -82,6 +82,7 @@ from secateur.scoring import (
 from secateur.selection import Global, Isomorphic, Local, Scope
 from secateur.shrink import shrink_
 from secateur.shrunk import GroupRecord, ShrinkReport
+from secateur.solvers import ALPS, OBS, Solver, SparseGPT
 from secateur.stats import (
     ExactDiagonal,
     GradAbs,
@@ -98,9 +99,11 @@ from secateur.surgery import Applied, Cuts, Plan, Surgery, replay_
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALPS",
     "FPGM",
     "NM",
     "OBD",
+    "OBS",
     "RIA",
     "SNIP",
     "APoZ",
@@ -165,6 +168,8 @@ __all__ = [
     "SelectionError",
     "Sensitivity",
     "ShrinkReport",
+    "Solver",
+    "SparseGPT",
     "SparsityError",
     "StatsError",
     "Surgery",

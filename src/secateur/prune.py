@@ -28,14 +28,16 @@ from secateur.core.topk import count
 from secateur.criteria import Criterion
 from secateur.masks import Masks
 from secateur.measure import measure, zeros
+from secateur.oneshot import solve_
 from secateur.patterns import Pattern, Unstructured
 from secateur.record import LayerRecord, Report
+from secateur.solvers import Solver
 from secateur.stats import Stats
 
 
 def prune_(
     model: nn.Module,
-    criterion: Criterion,
+    criterion: Criterion | Solver,
     sparsity: float | None = None,
     *,
     pattern: Pattern | None = None,
@@ -55,7 +57,9 @@ def prune_(
 
     Args:
         model: any module. Wrappers of `torch.compile` and data parallelism are looked through.
-        criterion: what a weight is worth; `secateur.criteria`.
+        criterion: what a weight is worth; `secateur.criteria`. Or a solver, `SparseGPT()` or `ALPS()`, which
+            also changes the weights that stay: layer after layer in the order in which the model runs them,
+            each is fitted to what the pruned ones before it pass on. Needs batches.
         sparsity: fraction to remove, in [0, 1]. None where the allocation decides (`custom`, `Threshold(q)`).
         pattern: which entries may survive; `Unstructured()` if None.
         allocation: how much from each layer: `uniform`, `global_`, `erk`, `lamp`, `threshold`, `custom(...)`.
@@ -79,7 +83,7 @@ def prune_(
     refuse_class(pattern)
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise SparsityError(f"Sparsity is the fraction removed, between 0 and 1; got {sparsity}.")
-    rounds = criterion.rounds if rounds is None else rounds
+    rounds = getattr(criterion, "rounds", 1) if rounds is None else rounds
     if stats is not None and rounds > 1:
         raise StatsError("Several rounds measure anew after each: pass batches= instead of stats=.")
     if rounds < 1 or (rounds > 1 and sparsity is None):
@@ -88,25 +92,39 @@ def prune_(
     model = unwrap(model)
     selection = select(model, where)
     check_targets(selection.targets, pattern)
+    solver = None if isinstance(criterion, Criterion) else criterion
+    if solver is not None and (loss is not None or stats is not None or rounds > 1):
+        raise SecateurError(f"{solver} measures layer by layer, once: loss, stats and rounds play no part.")
     before = measure(model, example)
     if rounds > 1 and isinstance(batches, Iterator):
         batches = list(batches)  # every round reads them again
+    errors: Mapping[str, float] = {}
+    # A solver writes as it goes; a pass on pruned weights can fail where that on the dense ones did not.
+    careful = solver is not None or example is not None
+    with _undone_on_error(selection.targets) if careful else nullcontext():
+        if solver is not None:
+            layers = [_unscored(t, solver, pattern) for t in selection.targets]
+            shares = _shares(layers, allocation, sparsity)
+            solved = solve_(model, selection.targets, solver, pattern, shares, batches)
+            keep = {name: found.keep for name, found in solved.items()}
+            errors = {name: found.error for name, found in solved.items()}
+            notes = _of_layers({name: found.notes for name, found in solved.items()})
+        else:
+            assert isinstance(criterion, Criterion)
 
-    def measured() -> Collected:
-        return stats or collect(model, criterion.needs, batches, loss, selection.targets)
+            def measured() -> Collected:
+                return stats or collect(model, criterion.needs, batches, loss, selection.targets)
 
-    choose = partial(_choose, selection.targets, criterion, pattern, allocation, measured)
-    if rounds == 1:
-        keep, shares, notes = choose(sparsity)
-    else:
-        keep, shares, notes = _in_rounds(selection.targets, choose, sparsity, rounds)
-    masks = Masks({t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in selection.targets})
-    # A forward pass on the pruned weights can fail where that on the dense ones did not.
-    with _undone_on_error(selection.targets) if example is not None else nullcontext():
+            choose = partial(_choose, selection.targets, criterion, pattern, allocation, measured)
+            if rounds == 1:
+                keep, shares, notes = choose(sparsity)
+            else:
+                keep, shares, notes = _in_rounds(selection.targets, choose, sparsity, rounds)
+        masks = Masks({t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in selection.targets})
         masks.apply_(model)
         selected = time.perf_counter()
         after = measure(model, example)
-    layers = _records(selection, masks, shares)
+    records = _records(selection, masks, shares, errors)
     settings = {
         "criterion": repr(criterion),
         "sparsity": "as allocated" if sparsity is None else repr(sparsity),
@@ -119,11 +137,11 @@ def prune_(
         settings["rounds"] = repr(rounds)
     return Report(
         settings,
-        layers,
+        records,
         selection.skipped,
         before,
         after,
-        (*notes, *_remarks(layers)),
+        (*notes, *_remarks(records)),
         {"pruning": selected - started, "measuring": time.perf_counter() - selected},
         masks,
     )
@@ -175,8 +193,7 @@ def _choose(
     """Masks in matrix layout, without touching the model."""
     collected = measured()
     layers = [as_layer(t, criterion, collected.stats.get(t.name, {}), pattern) for t in targets]
-    shares = allocation(layers, sparsity)
-    _check_shares(layers, shares, sparsity)
+    shares = _shares(layers, allocation, sparsity)
     keep = {}
     for layer in layers:
         pattern.reachable(layer.shape, shares[layer.name])
@@ -209,6 +226,37 @@ def as_layer(target: Target, criterion: Criterion, stats: Stats, pattern: Patter
         return target.matrix.to(torch.promote_types(target.weight.dtype, torch.float32))
 
     return Layer(target.name, target.shape, target.weight.shape, pattern, weight, scores)
+
+
+def _unscored(target: Target, solver: Solver, pattern: Pattern) -> Layer:
+    """A layer for allocations that ask for no scores."""
+
+    def scores() -> Tensor:
+        raise SecateurError(
+            f"{solver} scores no weights before it gets to them, but this allocation ranks scores: use "
+            "uniform, erk or custom(...)."
+        )
+
+    return Layer(
+        target.name, target.shape, target.weight.shape, pattern, lambda: target.matrix.float(), scores
+    )
+
+
+def _of_layers(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Each note once, with the layers that it is about."""
+    about: dict[str, list[str]] = {}
+    for name, said in notes.items():
+        for note in said:
+            about.setdefault(note, []).append(name)
+    more = {note: f" and {len(names) - 1} more" if len(names) > 1 else "" for note, names in about.items()}
+    return tuple(f"{names[0]}{more[note]}: {note}" for note, names in about.items())
+
+
+def _shares(layers: Sequence[Layer], allocation: Allocation, sparsity: float | None) -> dict[str, float]:
+    """The sparsity of each layer, checked."""
+    shares = allocation(layers, sparsity)
+    _check_shares(layers, shares, sparsity)
+    return shares
 
 
 def _check_shares(layers: Sequence[Layer], shares: Mapping[str, float], sparsity: float | None) -> None:
@@ -259,12 +307,15 @@ def _one_round(choose: Callable[[float], _Chosen], sparsity: float, rounds: int)
         ) from None
 
 
-def _records(selection: Selection, masks: Masks, shares: Mapping[str, float]) -> tuple[LayerRecord, ...]:
+def _records(
+    selection: Selection, masks: Masks, shares: Mapping[str, float], errors: Mapping[str, float]
+) -> tuple[LayerRecord, ...]:
     records = []
     for t in selection.targets:
         mask = masks[t.name]
         removed = mask.numel() - int(mask.count_nonzero())
-        records.append(LayerRecord(t.name, tuple(mask.shape), shares[t.name], removed, zeros(t.weight)))
+        gone, error = zeros(t.weight), errors.get(t.name)
+        records.append(LayerRecord(t.name, tuple(mask.shape), shares[t.name], removed, gone, error))
     return tuple(records)
 
 

@@ -34,6 +34,8 @@ class LayerRecord:
         asked: sparsity that the allocation gave the layer.
         removed: weights that the mask removes, an exact count.
         zeros: weights that are zero afterwards: those removed, and those that were zero before and stay.
+        error: squared error of the layer's output over its power, on the calibration data, by a solver; None
+            where a criterion alone decided.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerRecord:
     asked: float
     removed: int
     zeros: int
+    error: float | None = None
 
     @property
     def entries(self) -> int:
@@ -134,10 +137,16 @@ def _layer_table(report: Report) -> Table:
     table.add_column("weights", justify="right", footer=f"{report.entries:,}")
     table.add_column("removed", justify="right", footer=f"{report.removed:,}")
     table.add_column("sparsity", justify="right", footer=f"{report.sparsity:.2%}")
+    solved = any(layer.error is not None for layer in report.layers)
+    if solved:
+        table.add_column("error", justify="right")
     for layer in report.layers:
         shape = " x ".join(map(str, layer.shape))
         name = escape(layer.name.removesuffix(".weight"))
-        table.add_row(name, shape, f"{layer.entries:,}", f"{layer.removed:,}", f"{layer.sparsity:.2%}")
+        error = ["" if layer.error is None else f"{layer.error:.3g}"] if solved else []
+        table.add_row(
+            name, shape, f"{layer.entries:,}", f"{layer.removed:,}", f"{layer.sparsity:.2%}", *error
+        )
     return table
 
 

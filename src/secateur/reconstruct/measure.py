@@ -112,10 +112,22 @@ def cross_moments(
     return Measured(found, missing)
 
 
+Run = Callable[[int, Batch], object]
+"""One pass of a model over a batch, which has a number."""
+
+
 def measure(
-    model: nn.Module, stages: Sequence[Stage], data: Iterable[Batch], tokens: Tokens, several: bool
+    model: nn.Module,
+    stages: Sequence[Stage],
+    data: Iterable[Batch],
+    tokens: Tokens,
+    several: bool,
+    run: Run | None = None,
 ) -> dict[str, Halves[Moments]]:
-    """One pass over the data for all stages; `several` says whether it is more than one batch."""
+    """One pass over the data for all stages; `several` says whether it is more than one batch.
+
+    `run` says how the model goes over a batch; by default it goes from the beginning to the end.
+    """
     groups = _groups(stages)
     leaders = {group[0].name for group in groups}
     sums = {name: Splitting(Covariance, several) for name in leaders}
@@ -129,18 +141,17 @@ def measure(
                 sums[consumer.name].add(number, part, part)
 
     with measuring(model), listening(model, (c for g in groups for c in g), hear):
-        for number, batch in enumerate(data):  # noqa: B007  (`hear` reads it)
+        for number, batch in enumerate(data):
             rows.enter(batch)
-            batch.forward(model)
+            if run is None:
+                batch.forward(model)
+            else:
+                run(number, batch)
     check_shared(groups, inputs)
     found = {n: s.moments() for n, s in sums.items() if s.count}
     for name, halves in found.items():
         _finite(name, halves.whole)
     return _spread(groups, found)
-
-
-Run = Callable[[int, Batch], object]
-"""One pass of a model over a batch, which has a number."""
 
 
 def measure_both(
