@@ -133,7 +133,8 @@ def _repair_section(report: ShrinkReport) -> Section:
         "Squared error of each layer's output over that of the dense layer, on the calibration data. Held "
         "out: on one half of it, of what the other half gives, by which the damping was chosen."
     )
-    return Section("Repair", text, tables=tables)
+    notes = [f"{'Kept' if g.kept else 'Left out'}: {g}." for g in report.gains]
+    return Section("Repair", text, tables=tables, notes=notes)
 
 
 def _proof_section(report: ShrinkReport) -> Section:

@@ -21,6 +21,7 @@ from secateur.measure import Measurement
 from secateur.operators import OperatorTime
 from secateur.printing import printed
 from secateur.reconstruct import RepairReport
+from secateur.reconstruct.worth import Gain
 from secateur.record import versions
 from secateur.surgery import Cuts, as_data, save_cuts
 
@@ -64,6 +65,7 @@ class ShrinkReport:
             could not be compared.
         unproved: why it could not.
         repairs: of each step.
+        gains: what repair did to the whole model, in each step.
         notes: what a reader must know.
         seconds: of the whole call.
         cuts: the surgery of each step, as data.
@@ -82,6 +84,7 @@ class ShrinkReport:
     check: Check | None
     unproved: str | None
     repairs: tuple[RepairReport, ...]
+    gains: tuple[Gain, ...]
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     cuts: tuple[Cuts, ...] = field(repr=False)
@@ -114,6 +117,7 @@ class ShrinkReport:
             "check": asdict(self.check) if self.check else None,
             "unproved": self.unproved,
             "repairs": [r.to_dict() for r in self.repairs],
+            "gains": [asdict(g) | {"kept": g.kept} for g in self.gains],
             "notes": list(self.notes),
             "seconds": dict(self.seconds),
             "versions": dict(self.versions),
@@ -131,6 +135,7 @@ class ShrinkReport:
             lines.append(f"Against the dense model with the same units at zero: {self.check}.")
         if self.unproved is not None:
             lines.append(f"Not compared with the dense model: {self.unproved}.")
+        lines += [f"Repair: {g}." for g in self.gains if g.kept]
         if self.why_not_faster is not None:
             lines.append(self.why_not_faster)
         lines += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 from secateur.batchnorm import reestimate_batchnorm_
 from secateur.budget import Budget, format_amount
 from secateur.collect import Loss
+from secateur.collect.batches import as_batches
 from secateur.core.errors import BudgetError, SurgeryError
 from secateur.criteria import Criterion
 from secateur.graph import Check, Cost, Graph, Group, oracle
 from secateur.measure import Measurement, measure
 from secateur.reconstruct import RepairReport, Tokens, repair_
+from secateur.reconstruct.measure import device_of
+from secateur.reconstruct.worth import Gain, Judge, plain_values, put
 from secateur.scoring import GroupCriterion, score_groups
 from secateur.selection import Choice, Scope, choose
 from secateur.shrink.select import Origins, Wanted
@@ -52,6 +55,7 @@ class Step:
         plan: of its surgery.
         applied: what was done.
         repaired: errors of the layers that were fitted, None if none was.
+        gain: what that did to the whole model, None if nothing was fitted.
         check: output against the dense model with the same units at zero, None if it was not compared.
         unproved: why it was not.
         notes: what a reader must know.
@@ -60,6 +64,7 @@ class Step:
     plan: Plan
     applied: Applied
     repaired: RepairReport | None
+    gain: Gain | None
     check: Check | None
     unproved: str | None
     notes: tuple[str, ...]
@@ -78,11 +83,15 @@ def take_step(graph: Graph, origins: Origins, wanted: Wanted, limit: float, aske
     plain = [] if unproved else oracle.outputs(model, graph.example)
     if not (plain or unproved):
         unproved = _NO_OUTPUT
-    repaired = None
+    repaired, judge, gain = None, None, None
+    before: dict[str, Tensor] = {}
     if asked.repair:
         keeps, slices = _features(plan)
         positions = Tokens(_POSITIONS)
         if keeps:
+            data = as_batches(asked.batches, device_of(model), "Repair fits weights to data")
+            judge = Judge(model, data, asked.loss)
+            before = _repairable(model, keeps)
             repaired = repair_(
                 model, keeps, asked.batches, slices=slices, mode=asked.repair, tokens=positions
             )
@@ -95,10 +104,35 @@ def take_step(graph: Graph, origins: Origins, wanted: Wanted, limit: float, aske
             check = _compared(twin, model, graph.example, plain, expected)
         if asked.repair and plan.cuts.tensors:
             reestimate_batchnorm_(model, asked.batches)
+            if judge is not None:
+                gain = _judged(model, judge, plain_values(plan, before), asked.batches)
+                if not gain.kept:
+                    notes.append(f"Repair was left out: {gain}.")
     except BaseException:
         applied.undo()
         raise
-    return Step(plan, applied, repaired, check, unproved, (*notes, *chosen.notes, *plan.notes))
+    return Step(plan, applied, repaired, gain, check, unproved, (*notes, *chosen.notes, *plan.notes))
+
+
+def _repairable(model: nn.Module, keeps: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of what repair may change: weights, and the biases beside them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {*keeps, *(f"{name.rpartition('.')[0]}.bias".lstrip(".") for name in keeps)}
+    return {name: parameters[name].detach().clone() for name in names if name in parameters}
+
+
+def _judged(model: nn.Module, judge: Judge, plain: Mapping[str, Tensor], batches: Any) -> Gain:
+    """Compare repaired weights with plain ones, and leave the better ones in the model."""
+    with_repair = judge(model)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    repaired = put(model, plain)
+    reestimate_batchnorm_(model, batches)
+    gain = Gain(judge.what, judge(model), with_repair)
+    if gain.kept:
+        put(model, repaired)
+        for name, b in model.named_buffers():
+            b.copy_(buffers[name])
+    return gain
 
 
 def _choose(
