@@ -165,7 +165,7 @@ def layers_section(report: Report) -> Section:
         reference=("all layers", report.sparsity),
         format=percent,
     )
-    rows = [
+    rows: list[tuple[str | int, ...]] = [
         (
             layer.name,
             " × ".join(map(str, layer.shape)),
@@ -173,11 +173,14 @@ def layers_section(report: Report) -> Section:
             layer.removed,
             percent(layer.sparsity),
             layer.zeros,
+            *([] if layer.error is None else [f"{layer.error:.3g}"]),
         )
         for layer in report.layers
     ]
-    table = Table(("layer", "shape", "weights", "removed", "sparsity", "zeros"), rows)
-    return Section("Sparsity of each layer", figures=[bars], tables=[table])
+    solved = any(layer.error is not None for layer in report.layers)
+    columns = ("layer", "shape", "weights", "removed", "sparsity", "zeros", *(("error",) if solved else ()))
+    text = "Error: squared, of the layer's output over its power, on the calibration data." if solved else ""
+    return Section("Sparsity of each layer", text, figures=[bars], tables=[Table(columns, rows)])
 
 
 def _panel(layer: LayerInspection, after: LayerInspection | None) -> Histogram:

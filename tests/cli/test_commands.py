@@ -94,7 +94,7 @@ def test_two_to_four_holds_in_every_group(
 
 
 @pytest.mark.realdata(STORIES, "tinystories")
-@pytest.mark.parametrize("method", ["wanda", "taylor", "obd"])
+@pytest.mark.parametrize("method", ["wanda", "taylor", "obd", "sparsegpt", "alps"])
 def test_prune_with_data(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -112,6 +112,12 @@ def test_prune_with_data(
     before, after = (float(part.split()[0]) for part in note.split(": ")[1].split(", ")[:2])
     assert before < after < before + 0.6, "30 % should cost something, and not much"
     assert (out / "tokenizer.json").is_file() or (out / "tokenizer.model").is_file()
+    errors = [layer["error"] for layer in json.loads((out / "report.json").read_text())["layers"]]
+    solved = method in ("sparsegpt", "alps")
+    assert all(e is not None and 0 < e < 0.2 for e in errors) if solved else set(errors) == {None}
+    assert (
+        "of the layer&#x27;s output" in (out / "report.html").read_text().replace("&#39;", "&#x27;")
+    ) == solved
 
 
 def test_inspect_prints_json_and_writes_a_page(

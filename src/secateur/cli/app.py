@@ -55,6 +55,13 @@ Also = Annotated[
 MethodName = Annotated[
     choices.Method, typer.Option("--method", help="The criterion: what a weight is worth.")
 ]
+PrunerName = Annotated[
+    choices.Pruner,
+    typer.Option(
+        "--method",
+        help="What a weight is worth, or (sparsegpt, alps) a solver, which also fits the weights that stay.",
+    ),
+]
 AllocationName = Annotated[
     choices.AllocationName, typer.Option("--allocation", help="How much to remove from each layer.")
 ]
@@ -77,6 +84,7 @@ Rounds = Annotated[
     ),
 ]
 _MAGNITUDE = choices.Method("magnitude")
+_PRUNE_MAGNITUDE = choices.Pruner("magnitude")
 _UNIFORM = choices.AllocationName("uniform")
 
 
@@ -131,7 +139,7 @@ def inspect(
 def prune(
     model_dir: Folder,
     out: Annotated[Path, typer.Option(help="Folder for the pruned model and its report.")],
-    method: MethodName = _MAGNITUDE,
+    method: PrunerName = _PRUNE_MAGNITUDE,
     sparsity: SparsityValue = None,
     pattern: PatternText = None,
     allocation: AllocationName = _UNIFORM,
@@ -156,15 +164,16 @@ def prune(
     where = _where(include, exclude, also)
     before = inspect_model(model, where)
     old_loss = loss_of(model, held_out)
+    solver = choices.SOLVERS.get(method.value)
     report = prune_(
         model,
-        choices.METHODS[method.value](seed),
+        solver() if solver else choices.METHODS[method.value](seed),
         asked,
         pattern=chosen,
         allocation=choices.ALLOCATIONS[allocation.value],
         where=where,
         batches=calibration.batches if calibration else None,
-        loss=calibration.loss if calibration else None,
+        loss=calibration.loss if calibration and not solver else None,
         rounds=rounds,
         example=example_input(model),
     )

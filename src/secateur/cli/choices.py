@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from enum import Enum
 
-from secateur import allocation, criteria, scoring, selection
+from secateur import allocation, criteria, scoring, selection, solvers
 from secateur.core.errors import SecateurError
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.shrink import Repair
@@ -26,6 +26,10 @@ METHODS: dict[str, Callable[[int], criteria.Criterion]] = {
     "snip": lambda seed: criteria.SNIP(),
     "grasp": lambda seed: criteria.GraSP(),
     "synflow": lambda seed: criteria.SynFlow(),
+}
+SOLVERS: dict[str, Callable[[], solvers.Solver]] = {
+    "sparsegpt": solvers.SparseGPT,
+    "alps": solvers.ALPS,
 }
 ALLOCATIONS: dict[str, allocation.Allocation] = {
     "uniform": allocation.uniform,
@@ -60,6 +64,7 @@ REPAIRS: dict[str, Repair | None] = {"parallel": "parallel", "sequential": "sequ
 
 # Enumerations, so that the help text lists the words.
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+Pruner = Enum("Pruner", {name: name for name in (*METHODS, *SOLVERS)}, type=str)  # type: ignore[misc]
 AllocationName = Enum("AllocationName", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
 
 GroupMethod = Enum("GroupMethod", {name: name for name in GROUP_METHODS}, type=str)  # type: ignore[misc]
