@@ -82,7 +82,7 @@ from secateur.scoring import (
 from secateur.selection import Global, Isomorphic, Local, Scope
 from secateur.shrink import shrink_
 from secateur.shrunk import GroupRecord, ShrinkReport
-from secateur.solvers import ALPS, OBS, Solver, SparseGPT
+from secateur.solvers import ALPS, OBS, Select, Solver, SparseGPT
 from secateur.stats import (
     ExactDiagonal,
     GradAbs,
@@ -165,6 +165,7 @@ __all__ = [
     "RowTaylorSquare",
     "Scope",
     "SecateurError",
+    "Select",
     "SelectionError",
     "Sensitivity",
     "ShrinkReport",

@@ -11,12 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.core.errors import MaskError, NonFiniteError, PatternError, SecateurError, StatsError
+from secateur.criteria import OBD, RIA, Magnitude, Wanda
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
-from secateur.solvers import ALPS, OBS, Quadratic, Solver, SparseGPT, fit
+from secateur.solvers import ALPS, OBS, Quadratic, Select, Solver, SparseGPT, fit
 from secateur.solvers.obs import exact
 from secateur.testing import check_solver
 
-SOLVERS = (SparseGPT(), SparseGPT(block=8), ALPS(), ALPS(iterations=6), OBS())
+SOLVERS = (
+    SparseGPT(),
+    SparseGPT(block=8),
+    ALPS(),
+    ALPS(iterations=6),
+    OBS(),
+    Select(Magnitude()),
+    Select(Magnitude(), steps=0),
+)
 
 
 def problem(outputs: int, inputs: int, seed: int = 0, tokens: int = 500) -> tuple[Tensor, Tensor]:
@@ -201,7 +210,26 @@ def test_the_scale_of_the_gram_matrix_plays_no_part() -> None:
         assert torch.equal(a.weight, b.weight)
 
 
+def test_select_takes_the_mask_of_the_criterion_and_fits_it() -> None:
+    W, gram = problem(12, 40)
+    objective = Quadratic(gram)
+    wanda = PerRow().keep(W.abs() * gram.diagonal().sqrt(), 0.5)
+    plain = Select(Wanda(), steps=0)(W, objective, PerRow(), 0.5)
+    assert torch.equal(plain.keep, wanda) and torch.equal(plain.weight, W * wanda)
+    fitted = Select(Wanda())(W, objective, PerRow(), 0.5)
+    assert torch.equal(fitted.keep, wanda)
+    torch.testing.assert_close(fitted.weight, fit(W, wanda, objective))
+    assert fitted.error < plain.error
+    size = W.abs()
+    ria = (size / size.sum(0) + size / size.sum(1, keepdim=True)) * gram.diagonal().sqrt().sqrt()
+    assert torch.equal(Select(RIA())(W, objective, Unstructured(), 0.5).keep, Unstructured().keep(ria, 0.5))
+
+
 def test_bad_input() -> None:
+    with pytest.raises(StatsError, match="needs GradSquare"):
+        Select(OBD())
+    with pytest.raises(SecateurError, match="steps"):
+        Select(Wanda(), steps=-1)
     W, gram = problem(4, 8)
     with pytest.raises(StatsError, match="square"):
         Quadratic(gram[:4])

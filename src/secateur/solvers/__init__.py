@@ -5,6 +5,7 @@ from secateur.solvers.base import Solved, Solver
 from secateur.solvers.obs import OBS
 from secateur.solvers.quadratic import Quadratic
 from secateur.solvers.repair import fit
+from secateur.solvers.select import Select
 from secateur.solvers.sparsegpt import SparseGPT
 
-__all__ = ["ALPS", "OBS", "Quadratic", "Solved", "Solver", "SparseGPT", "fit"]
+__all__ = ["ALPS", "OBS", "Quadratic", "Select", "Solved", "Solver", "SparseGPT", "fit"]

@@ -85,6 +85,11 @@ class Quadratic:
         """Square root of the diagonal of H: scores $|W_{ij}|$ times it are Wanda's."""
         return self.diagonal_I.sqrt()
 
+    @property
+    def norms_I(self) -> Tensor:
+        """Norms of the inputs, without damping, up to a factor."""
+        return self.undamped_II.diagonal().clamp(min=0).sqrt()
+
     @cached_property
     def unit_II(self) -> Tensor:
         """H scaled to a diagonal of ones, for weights times `root_I`."""
