@@ -5,9 +5,9 @@
 SmolLM2-135M. Calibration: windows of 512 tokens of WikiText-2's validation text, the same for all; perplexity
 on the first six windows of 1,024 tokens of its test text. All solvers go through the same driver, `prune_`:
 layer after layer in the order of execution, each fitted to what the pruned layers before pass on. DIR:
-checkouts of the authors' repositories, see `benchmarks/authors.py`; without them their rows are left out. Layer
-errors are means over all layers, on the calibration data and on windows that nothing was fitted to. Finished
-cells are kept in `results/oneshot_llm.jsonl`.
+checkouts of the authors' repositories, see `benchmarks/authors.py`; without them their rows are left out.
+Layer errors are means over all layers, on the calibration data and on windows that nothing was fitted to.
+Finished cells are kept in `results/oneshot_llm.jsonl`.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def write_table() -> None:
     lines = ["# One-pass pruning of SmolLM2-135M", "", "Written by `python -m benchmarks.oneshot_llm`."]
     lines += [
         f"Perplexity on {WINDOWS} windows of 1,024 tokens of WikiText-2's test text; dense "
-        f"{dense['perplexity']:.2f}. In brackets the mean error of layers, on the calibration data / held out."
+        f"{dense['perplexity']:.2f}. In brackets the mean error of layers, on the calibration data / others."
     ]
     sizes = {r["samples"] for r in rows if r["cell"] != "dense"}
     for samples in sorted(sizes):
