@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,40 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import secateur as sc
-from secateur.cli import main
 
 STORIES = "stories260k"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit status of `secateur WORDS`."""
-    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, words)])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    return 0
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama in a folder, tied embeddings, no tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+Run = Callable[..., int]
 
 
 def zeros(folder: Path) -> tuple[int, int]:
@@ -64,12 +33,12 @@ def zeros(folder: Path) -> tuple[int, int]:
     ],
 )
 def test_prune_writes_a_model_with_the_promised_zeros(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], sparsity: float
+    llama: Path, tmp_path: Path, run: Run, options: list[object], sparsity: float
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
-    assert run(monkeypatch, "prune", llama, "--out", out, *options) == 0
+    assert run("prune", llama, "--out", out, *options) == 0
     found, entries = zeros(out)
     unit = 8 if "4x2" in options else 1
     assert found == int(sparsity * entries / unit + 0.5) * unit
@@ -84,10 +53,8 @@ def test_prune_writes_a_model_with_the_promised_zeros(
     assert sc.load(out) is not None
 
 
-def test_two_to_four_holds_in_every_group(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(monkeypatch, "prune", llama, "--out", tmp_path / "out", "--pattern", "2:4") == 0
+def test_two_to_four_holds_in_every_group(llama: Path, tmp_path: Path, run: Run) -> None:
+    assert run("prune", llama, "--out", tmp_path / "out", "--pattern", "2:4") == 0
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         if name.endswith("proj.weight"):
             assert ((tensor.view(-1, 4) != 0).sum(1) == 2).all(), name
@@ -95,16 +62,13 @@ def test_two_to_four_holds_in_every_group(
 
 @pytest.mark.realdata(STORIES, "tinystories")
 @pytest.mark.parametrize("method", ["wanda", "taylor", "obd", "sparsegpt", "alps"])
-def test_prune_with_data(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_prune_with_data(data_root: Path, tmp_path: Path, run: Run, method: str) -> None:
     stories = json.loads((data_root / "tinystories" / "stories.json").read_text())
     train, test = tmp_path / "train.json", tmp_path / "test.json"
     train.write_text(json.dumps(stories[:8]))
     test.write_text(json.dumps(stories[600:604]))
     out = tmp_path / "out"
-    status = run(
-        monkeypatch, "prune", data_root / STORIES, "--out", out, "--method", method, "--sparsity", 0.3,
+    status = run("prune", data_root / STORIES, "--out", out, "--method", method, "--sparsity", 0.3,
         "--data", train, "--eval", test, "--length", 128,
     )  # fmt: skip
     assert status == 0
@@ -121,19 +85,19 @@ def test_prune_with_data(
 
 
 def test_inspect_prints_json_and_writes_a_page(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "inspect", llama, "--json", "--out", tmp_path) == 0
+    assert run("inspect", llama, "--json", "--out", tmp_path) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "inspect.json").read_text())
     names = [layer["name"] for layer in printed["layers"]]
-    assert len(names) == 14 and "model.layers.1.mlp.down_proj.weight" in names
+    assert len(names) == 21 and "model.layers.1.mlp.down_proj.weight" in names
     assert "down_proj" in (tmp_path / "inspect.html").read_text()
     assert (tmp_path / "weights.svg").read_text().startswith("<")
 
 
 @pytest.mark.realdata(STORIES, "tinystories")
-def test_rounds_measure_anew(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_measure_anew(data_root: Path, tmp_path: Path, run: Run) -> None:
     data = tmp_path / "data.json"
     data.write_text(json.dumps(json.loads((data_root / "tinystories" / "stories.json").read_text())[:4]))
     words = [
@@ -150,20 +114,18 @@ def test_rounds_measure_anew(data_root: Path, tmp_path: Path, monkeypatch: pytes
     ]
     found = []
     for rounds in (1, 3):
-        assert run(monkeypatch, *words, "--rounds", rounds, "--out", tmp_path / f"{rounds}") == 0
+        assert run(*words, "--rounds", rounds, "--out", tmp_path / f"{rounds}") == 0
         found.append(sc.Masks.load(tmp_path / f"{rounds}" / "masks.safetensors"))
     assert found[0].kept == found[1].kept and found[0] != found[1]
 
 
 @pytest.mark.realdata(STORIES, "tinystories")
-def test_sensitivity_measures_every_layer(
-    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sensitivity_measures_every_layer(data_root: Path, tmp_path: Path, run: Run) -> None:
     stories = json.loads((data_root / "tinystories" / "stories.json").read_text())
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": s}) for s in stories[:4]))
     words = ["sensitivity", data_root / STORIES, "--data", data, "--out", tmp_path / "out", "--length", 64]
-    assert run(monkeypatch, *words, "--sparsities", "0.5,0.9", "--include", "model.layers.0.*") == 0
+    assert run(*words, "--sparsities", "0.5,0.9", "--include", "model.layers.0.*") == 0
     found = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert len(found["layers"]) == 7
     assert "model.layers.0.mlp.up_proj.weight" in (tmp_path / "out" / "sensitivity.html").read_text()
@@ -232,7 +194,7 @@ def _occupied(tmp_path: Path, llama: Path) -> list[object]:
 def test_bad_input_is_one_sentence_and_leaves_no_result(
     llama: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
     capsys: pytest.CaptureFixture[str],
     call: object,
     words: str,
@@ -242,7 +204,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_result(
     out = tmp_path / "out"
     if "--out" not in given:
         given += ["--out", out]
-    assert run(monkeypatch, *given) == 1
+    assert run(*given) == 1
     shown = capsys.readouterr()
     assert shown.err.startswith("Error:") and words in " ".join(shown.err.split())
     assert "Traceback" not in shown.err
@@ -250,9 +212,9 @@ def test_bad_input_is_one_sentence_and_leaves_no_result(
     assert (llama / "model.safetensors").read_bytes() == before
 
 
-def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--version") == 0
+def test_help_and_version(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
     assert capsys.readouterr().out.strip() == sc.__version__
-    assert run(monkeypatch, "--help") == 0
+    assert run("--help") == 0
     shown = capsys.readouterr().out
     assert all(command in shown for command in ("demo", "inspect", "prune", "sensitivity"))

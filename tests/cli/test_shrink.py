@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,64 +12,22 @@ import torch
 from safetensors.torch import save_file
 
 import secateur as sc
-from secateur.cli import main
 
 STORIES = "stories260k"
+Run = Callable[..., int]
 Call = Callable[[Path, Path], list[object]]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit status of `secateur shrink WORDS`."""
-    monkeypatch.setattr(sys, "argv", ["secateur", "shrink", *map(str, words)])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    return 0
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama in a folder, tied embeddings, no tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data for it: the model's arguments as tensors."""
-    file = tmp_path_factory.mktemp("data") / "tokens.safetensors"
-    ids = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": ids, "labels": ids.clone()}, file)
-    return file
 
 
 def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def test_equal_layers_load_with_plain_from_pretrained(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_layers_load_with_plain_from_pretrained(llama: Path, tmp_path: Path, run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
     words = ["--params", 0.8, "--kinds", "neurons", "--scope", "local", "--multiple-of", 4]
-    assert run(monkeypatch, llama, "--out", out, *words) == 0
+    assert run("shrink", llama, "--out", out, *words) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.intermediate_size % 4 == 0 and model.config.intermediate_size < 32
     dense = AutoModelForCausalLM.from_pretrained(llama)
@@ -87,14 +44,14 @@ def test_layers_of_different_widths_load_with_secateur_and_not_wrongly_without(
     llama: Path,
     tokens: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
     words = ["--macs", 0.7, "--method", "taylor", "--scope", "global", "--data", tokens, "--eval", tokens]
-    assert run(monkeypatch, llama, "--out", out, *words) == 0
+    assert run("shrink", llama, "--out", out, *words) == 0
     assert "sc.load rebuilds it" in " ".join(capsys.readouterr().out.split())
     model = sc.load(out)
     report = json.loads((out / "report.json").read_text())
@@ -111,27 +68,27 @@ def test_layers_are_dropped_and_then_the_budget_counts_from_what_is_left(
     llama: Path,
     tokens: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     shallow, both = tmp_path / "shallow", tmp_path / "both"
-    assert run(monkeypatch, llama, "--out", shallow, "--drop-layers", 1, "--data", tokens) == 0
+    assert run("shrink", llama, "--out", shallow, "--drop-layers", 1, "--data", tokens) == 0
     assert "Dropped model.layers." in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(shallow)
     assert model.config.num_hidden_layers == 2 == len(model.model.layers)
     words = ["--drop-layers", 1, "--params", 0.8, "--data", tokens, "--repair", "none"]
-    assert run(monkeypatch, llama, "--out", both, *words) == 0
+    assert run("shrink", llama, "--out", both, *words) == 0
     smaller = sc.load(both)
     assert len(smaller.model.layers) == 2
     assert parameters(smaller) <= 0.8 * parameters(model)
     assert any("Dropped" in note for note in json.loads((both / "report.json").read_text())["notes"])
 
 
-def test_memory_counts_the_cache(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_counts_the_cache(llama: Path, tmp_path: Path, run: Run) -> None:
     words = ["--memory", 0.7, "--batch", 4, "--context", 256]
-    assert run(monkeypatch, llama, "--out", tmp_path / "out", *words) == 0
+    assert run("shrink", llama, "--out", tmp_path / "out", *words) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     dense = sc.load(llama)
     cache = 3 * 2 * 2 * 4 * 4 * 4 * 256  # layers, keys and values, groups, head size, bytes, batch, context
@@ -140,11 +97,11 @@ def test_memory_counts_the_cache(llama: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_dry_run_says_what_would_go_and_writes_nothing(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p.name: p.read_bytes() for p in llama.iterdir()}
     for words in ([], ["--out", tmp_path / "out"]):
-        assert run(monkeypatch, llama, "--params", 0.8, "--dry-run", *words) == 0
+        assert run("shrink", llama, "--params", 0.8, "--dry-run", *words) == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert (
             "of the parameters lie in one" in shown and "neurons" in shown and "nothing was written" in shown
@@ -154,7 +111,7 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(
 
 
 @pytest.mark.realdata(STORIES, "tinystories")
-def test_a_real_model_stays_good(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model_stays_good(data_root: Path, tmp_path: Path, run: Run) -> None:
     stories = json.loads((data_root / "tinystories" / "stories.json").read_text())
     train, test = tmp_path / "train.json", tmp_path / "test.json"
     train.write_text(json.dumps(stories[:24]))
@@ -164,7 +121,7 @@ def test_a_real_model_stays_good(data_root: Path, tmp_path: Path, monkeypatch: p
         out = tmp_path / repair
         words = ["--params", 0.85, "--method", "taylor", "--kinds", "neurons", "--repair", repair]
         data = ["--data", train, "--eval", test, "--length", 128]
-        assert run(monkeypatch, data_root / STORIES, "--out", out, *words, *data) == 0
+        assert run("shrink", data_root / STORIES, "--out", out, *words, *data) == 0
         note = next(n for n in json.loads((out / "report.json").read_text())["notes"] if "Mean loss" in n)
         before, losses[repair] = (float(part.split()[0]) for part in note.split(": ")[1].split(", ")[:2])
         assert (out / "tokenizer.json").is_file() or (out / "tokenizer.model").is_file()
@@ -226,7 +183,7 @@ BAD: dict[str, tuple[Call, str]] = {
 def test_bad_input_is_one_sentence_and_leaves_no_result(
     llama: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
     capsys: pytest.CaptureFixture[str],
     call: Call,
     words: str,
@@ -238,7 +195,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_result(
         given.pop()
     elif "--out" not in given:
         given += ["--out", out]
-    assert run(monkeypatch, *given) == 1
+    assert run("shrink", *given) == 1
     shown = capsys.readouterr()
     assert shown.err.startswith("Error:") and words in " ".join(shown.err.split())
     assert "Traceback" not in shown.err
@@ -250,9 +207,9 @@ def test_more_layers_than_there_are(
     llama: Path,
     tokens: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, llama, "--out", tmp_path / "out", "--drop-layers", 9, "--data", tokens) == 1
+    assert run("shrink", llama, "--out", tmp_path / "out", "--drop-layers", 9, "--data", tokens) == 1
     assert capsys.readouterr().err.startswith("Error:")
     assert not (tmp_path / "out").exists()

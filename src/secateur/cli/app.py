@@ -16,6 +16,7 @@ from secateur import pages
 from secateur.artifacts import load_hf, save
 from secateur.cli import choices
 from secateur.cli.data import example_input, read_data
+from secateur.cli.evaluate import evaluate
 from secateur.cli.shared import (
     FORMATS,
     DataFile,
@@ -187,6 +188,7 @@ def prune(
 
 
 app.command()(shrink)
+app.command("eval")(evaluate)
 
 
 @app.command()
