@@ -14,7 +14,15 @@ from secateur.core.topk import count
 from secateur.testing import check_allocation
 
 PATTERNS = [sc.Unstructured(), sc.PerRow(), sc.Block(2, 2), sc.Block(4, 1)]
-TAKING_A_TOTAL = [sc.uniform, sc.global_, sc.erk, sc.lamp, sc.threshold, sc.Threshold(scale=sc.laplace_scale)]
+TAKING_A_TOTAL = [
+    sc.uniform,
+    sc.global_,
+    sc.erk,
+    sc.lamp,
+    sc.owl,
+    sc.threshold,
+    sc.Threshold(scale=sc.laplace_scale),
+]
 
 
 def name_of(member: object) -> str:
@@ -304,6 +312,51 @@ def test_threshold_says_what_it_cannot_do():
 
 def named(*names: str) -> list[sc.Layer]:
     return [layer(name, torch.ones(2, 5)) for name in names]
+
+
+# ------ outliers
+
+
+def _named(weights: dict[str, torch.Tensor]) -> list[sc.Layer]:
+    return [layer(name, w) for name, w in weights.items()]
+
+
+def test_owl_is_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"h.{b}.{x}.weight": torch.randn(8, 50, generator=generator).exp() ** (1 + b)
+        for b in range(4)
+        for x in ("a", "b")
+    }
+    shares = sc.OWL(outlier=3, width=0.1)(_named(weights), 0.7)
+    ratios = []
+    for b in range(4):
+        scores = torch.cat([weights[f"h.{b}.{x}.weight"].flatten() for x in ("a", "b")])
+        ratios.append(float((scores > 3 * scores.mean()).float().mean()))
+    r = np.array(ratios)
+    density = (r - r.min()) / (r.max() - r.min()) * 0.2
+    density += 0.3 - density.mean()
+    for b in range(4):
+        for x in ("a", "b"):
+            assert shares[f"h.{b}.{x}.weight"] == pytest.approx(1 - density[b], abs=2 / 400)
+
+
+def test_owl_meets_the_total_with_blocks_of_unlike_size_and_at_its_bounds():
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"h.0.a": 10, "h.1.a": 1000, "h.2.a": 77, "head": 5}
+    weights = {n: torch.randn(1, k, generator=generator).exp() for n, k in sizes.items()}
+    for sparsity in (0.02, 0.5, 0.97):
+        layers = _named(weights)
+        shares = sc.OWL(width=0.3)(layers, sparsity)
+        assert sum(removed(layers, shares)) == count(sparsity, 1092)
+        assert all(0 <= s <= 1 for s in shares.values())
+
+
+def test_owl_treats_blocks_alike_where_outliers_are_and_refuses_nonsense():
+    layers = _named({"h.0.a": torch.ones(1, 10), "h.1.a": torch.ones(1, 10)})
+    assert set(sc.owl(layers, 0.3).values()) == {0.3}
+    with pytest.raises(SecateurError, match="outlier is above 0"):
+        sc.OWL(outlier=0)
 
 
 def test_custom_takes_the_first_pattern_that_matches():

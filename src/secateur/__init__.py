@@ -2,6 +2,7 @@
 
 from secateur import layers
 from secateur.allocation import (
+    OWL,
     Allocation,
     Custom,
     Layer,
@@ -11,6 +12,7 @@ from secateur.allocation import (
     global_,
     lamp,
     laplace_scale,
+    owl,
     standard_deviation,
     threshold,
     uniform,
@@ -104,6 +106,7 @@ __all__ = [
     "NM",
     "OBD",
     "OBS",
+    "OWL",
     "RIA",
     "SNIP",
     "APoZ",
@@ -204,6 +207,7 @@ __all__ = [
     "loss_increase",
     "lowest",
     "measure",
+    "owl",
     "prune_",
     "reestimate_batchnorm_",
     "repair_",

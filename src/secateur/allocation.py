@@ -167,6 +167,74 @@ threshold = Threshold()
 
 
 @dataclass(frozen=True)
+class OWL:
+    r"""More weights for blocks with more outliers: density :math:`d_b = D_b - \bar D + (1 - s)`.
+
+    :math:`D_b` is the share of a block's scores above `outlier` times their mean, stretched so that the
+    largest and the smallest lie `2 * width` apart. Layers of a block, those whose names agree up to the first
+    number, get the same sparsity. Densities are kept within [0, 1], and all that are not at a bound moved
+    alike until the total is met. Meant for the scores of `Wanda`.
+
+    Reference: Yin et al. 2023, Outlier weighed layerwise sparsity, section 3. Differs from the authors' code:
+    blocks of unlike size meet the total too.
+    """
+
+    outlier: float = 5.0
+    width: float = 0.08
+
+    def __post_init__(self) -> None:
+        if not (self.outlier > 0 and self.width >= 0):
+            raise SecateurError(f"{self}: outlier is above 0 and width at least 0.")
+
+    def __call__(self, layers: Sequence[Layer], sparsity: float | None) -> dict[str, float]:
+        total = _asked(layers, sparsity, "owl")
+        blocks: dict[str, list[int]] = {}
+        for i, layer in enumerate(layers):
+            blocks.setdefault(_block(layer.name), []).append(i)
+        shares = [self._outliers([layers[i] for i in members]) for members in blocks.values()]
+        low, high = min(shares), max(shares)
+        stretch = 2 * self.width / (high - low) if high > low else 0.0
+        extra = [0.0] * len(layers)
+        for share, members in zip(shares, blocks.values(), strict=True):
+            for i in members:
+                extra[i] = (share - low) * stretch
+        return _round(layers, _shifted([layer.units for layer in layers], extra, total), total)
+
+    def _outliers(self, layers: Sequence[Layer]) -> float:
+        """Share of a block's scores above `outlier` times their mean; weights that are gone have none."""
+        sums, counts, above = 0.0, 0, 0
+        for layer in layers:
+            scores = layer.scores()
+            alive = scores[scores.isfinite()]
+            sums += float(alive.sum(dtype=torch.float64))
+            counts += alive.numel()
+        limit = self.outlier * sums / max(1, counts)
+        for layer in layers:
+            above += int((layer.scores() > limit).count_nonzero())
+        return above / max(1, counts)
+
+
+owl = OWL()
+
+
+def _block(name: str) -> str:
+    """The name up to its first number: `model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return name if first is None else ".".join(parts[: first + 1])
+
+
+def _shifted(units: Sequence[int], extra: Sequence[float], total: int) -> list[float]:
+    """Units to remove such that densities are `extra` plus one number, in [0, 1], and the total is met."""
+    low, high = -1.0 - max(extra), 1.0
+    for _ in range(100):
+        shift = (low + high) / 2
+        gone = [n * min(1.0, max(0.0, 1 - shift - e)) for n, e in zip(units, extra, strict=True)]
+        low, high = (shift, high) if sum(gone) > total else (low, shift)
+    return gone
+
+
+@dataclass(frozen=True)
 class Custom:
     """Sparsity of each layer as given: `custom({"*.attn.*": 0.3, "*": 0.6})`.
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from secateur.core.errors import (
 )
 from secateur.core.names import Selection, Target, Where, select, unwrap
 from secateur.core.topk import count
-from secateur.criteria import Criterion
+from secateur.criteria import Criterion, Wanda
 from secateur.masks import Masks
 from secateur.measure import measure, zeros
 from secateur.oneshot import solve_
@@ -59,7 +60,8 @@ def prune_(
         model: any module. Wrappers of `torch.compile` and data parallelism are looked through.
         criterion: what a weight is worth; `secateur.criteria`. Or a solver, `SparseGPT()` or `ALPS()`, which
             also changes the weights that stay: layer after layer in the order in which the model runs them,
-            each is fitted to what the pruned ones before it pass on. Needs batches.
+            each is fitted to what the pruned ones before it pass on. Needs batches. An allocation that ranks
+            scores gets those of `Wanda` on the dense model.
         sparsity: fraction to remove, in [0, 1]. None where the allocation decides (`custom`, `Threshold(q)`).
         pattern: which entries may survive; `Unstructured()` if None.
         allocation: how much from each layer: `uniform`, `global_`, `erk`, `lamp`, `threshold`, `custom(...)`.
@@ -96,14 +98,14 @@ def prune_(
     if solver is not None and (loss is not None or stats is not None or rounds > 1):
         raise SecateurError(f"{solver} measures layer by layer, once: loss, stats and rounds play no part.")
     before = measure(model, example)
-    if rounds > 1 and isinstance(batches, Iterator):
-        batches = list(batches)  # every round reads them again
+    if (rounds > 1 or solver is not None) and isinstance(batches, Iterator):
+        batches = list(batches)  # every round, every layer, reads them again
     errors: Mapping[str, float] = {}
     # A solver writes as it goes; a pass on pruned weights can fail where that on the dense ones did not.
     careful = solver is not None or example is not None
     with _undone_on_error(selection.targets) if careful else nullcontext():
         if solver is not None:
-            layers = [_unscored(t, solver, pattern) for t in selection.targets]
+            layers = _wanda(model, selection.targets, pattern, batches)
             shares = _shares(layers, allocation, sparsity)
             solved = solve_(model, selection.targets, solver, pattern, shares, batches)
             keep = {name: found.keep for name, found in solved.items()}
@@ -228,18 +230,24 @@ def as_layer(target: Target, criterion: Criterion, stats: Stats, pattern: Patter
     return Layer(target.name, target.shape, target.weight.shape, pattern, weight, scores)
 
 
-def _unscored(target: Target, solver: Solver, pattern: Pattern) -> Layer:
-    """A layer for allocations that ask for no scores."""
+def _wanda(
+    model: nn.Module, targets: Sequence[Target], pattern: Pattern, batches: Iterable[Any] | None
+) -> list[Layer]:
+    """Layers for the allocation of a solver; those that rank scores get Wanda's, of the dense model.
 
-    def scores() -> Tensor:
-        raise SecateurError(
-            f"{solver} scores no weights before it gets to them, but this allocation ranks scores: use "
-            "uniform, erk or custom(...)."
-        )
+    These take a pass over the data, when they are first asked for.
+    """
+    found: list[Collected] = []
 
-    return Layer(
-        target.name, target.shape, target.weight.shape, pattern, lambda: target.matrix.float(), scores
-    )
+    def layer(target: Target) -> Layer:
+        def scores() -> Tensor:
+            if not found:
+                found.append(collect(model, Wanda().needs, batches, None, targets))
+            return as_layer(target, Wanda(), found[0].stats[target.name], pattern).scores()
+
+        return replace(as_layer(target, Wanda(), {}, pattern), scores=scores)
+
+    return [layer(target) for target in targets]
 
 
 def _of_layers(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

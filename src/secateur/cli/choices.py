@@ -36,6 +36,7 @@ ALLOCATIONS: dict[str, allocation.Allocation] = {
     "global": allocation.global_,
     "erk": allocation.erk,
     "lamp": allocation.lamp,
+    "owl": allocation.owl,
     "threshold": allocation.threshold,
 }
 
