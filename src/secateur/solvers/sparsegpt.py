@@ -112,7 +112,7 @@ def _due(pattern: Pattern, sparsity: float, shape: torch.Size, stop: int) -> int
     """Entries that are gone once `stop` columns are done, so that the total of the layer is exact."""
     inputs, outputs = shape
     if isinstance(pattern, PerRow) and stop < inputs:
-        # Of each row as many, such that what is left to go fits into the columns to come, and is not negative.
+        # Of each row as many, such that what must still go is at least 0 and fits into what comes.
         total = count(sparsity, inputs * outputs)
         least, most = -(-total // outputs) - (inputs - stop), total // outputs
         return max(least, min(count(sparsity, stop), most)) * outputs
