@@ -48,6 +48,7 @@ from secateur.criteria import (
     TaylorSquared,
     Wanda,
 )
+from secateur.dropped import DropReport, drop_least_
 from secateur.graph import Check, Cost, Frozen, Graph, Group, Member, rule
 from secateur.inspection import Inspection, LayerInspection, inspect
 from secateur.layers import (
@@ -125,6 +126,7 @@ __all__ = [
     "Custom",
     "Cuts",
     "DropRecord",
+    "DropReport",
     "ExactDiagonal",
     "ExpertOutput",
     "Frozen",
@@ -193,6 +195,7 @@ __all__ = [
     "collect",
     "custom",
     "drop_layers_",
+    "drop_least_",
     "erk",
     "every_other",
     "first_blocks",

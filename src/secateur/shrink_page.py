@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from secateur.dropped import DropReport
 from secateur.measure import Measurement
 from secateur.operators import OperatorTime
 from secateur.pages import footer
@@ -67,7 +68,34 @@ def _cost_section(before: Measurement, after: Measurement) -> Section:
     return Section("Size and cost", figures=[bars], tables=[Table(("", "dense", "smaller", "left"), rows)])
 
 
-def _time_section(report: ShrinkReport) -> Section:
+def drop_page(report: DropReport) -> str:
+    """HTML of a report of dropped blocks."""
+    before, after = report.before, report.after
+    names = list(report.influence)
+    gone = set(report.record.dropped)
+    facts = [
+        ("blocks dropped", f"{len(gone)} of {len(names)}"),
+        ("parameters", f"{compact(before.parameters)} → {compact(after.parameters)}"),
+        ("multiply-accumulates", f"{compact(before.macs or 0)} → {compact(after.macs or 0)}"),
+    ]
+    if before.latency and after.latency:
+        facts.append(("time", f"{1e3 * before.latency.median:.1f} → {1e3 * after.latency.median:.1f} ms"))
+    labels = [f"{name} (dropped)" if name in gone else name for name in names]
+    bars = layer_bars(labels, list(report.influence.values()), xlabel="influence", format=compact)
+    rows = [(name, f"{x:.4g}", "dropped" if name in gone else "") for name, x in report.influence.items()]
+    text = "Influence: one minus the cosine of the hidden state before and after the block, mean over tokens."
+    blocks = Section("Blocks", text, figures=[bars], tables=[Table(("block", "influence", ""), rows)])
+    settings = Table(("setting", "value"), list(report.settings.items()))
+    how = Section("How it was done", tables=[settings], notes=report.notes)
+    sections = [_cost_section(before, after), _time_section(report), blocks, how]
+    sentence = (
+        f"{len(gone)} blocks of least influence were dropped. What is left computes what the model computes "
+        "without them, which was proven on the example input."
+    )
+    return render("Dropped blocks", sentence, facts, sections, footer(report.versions))
+
+
+def _time_section(report: ShrinkReport | DropReport) -> Section:
     """Where the time goes, operator by operator, and why it did not fall by more."""
     dense, smaller = (
         {t.name: t for t in times} for times in (report.operators_before, report.operators_after)

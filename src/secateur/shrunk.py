@@ -13,12 +13,13 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from secateur.budget import format_amount
 from secateur.core.files import write_text
 from secateur.graph import Check
-from secateur.measure import Measurement
-from secateur.operators import OperatorTime
+from secateur.measure import Measurement, measure
+from secateur.operators import OperatorTime, operator_times, vector_width, why_not_faster
 from secateur.printing import printed
 from secateur.reconstruct import RepairReport
 from secateur.reconstruct.worth import Gain
@@ -27,6 +28,25 @@ from secateur.surgery import Cuts, as_data, save_cuts
 
 _FROZEN = 3  # reasons that the terminal names
 _ALIKE = 3  # groups of one kind that the terminal names one by one
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs, and where its time goes."""
+
+    measured: Measurement
+    operators: tuple[OperatorTime, ...]
+    width: int
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Any) -> Costs:
+        """Measure a model on an example input."""
+        width = max((vector_width(p) for p in model.parameters()), default=1)
+        return cls(measure(model, example), operator_times(model, example), width)
+
+    def slower_than_expected(self, dense: Costs) -> str | None:
+        """Why this model is not faster than the dense one by as much as it computes less; None if it is."""
+        return why_not_faster(dense.measured, self.measured, dense.operators, self.operators, self.width)
 
 
 @dataclass(frozen=True)
@@ -143,7 +163,7 @@ class ShrinkReport:
         ]
         lines += self.notes
         texts = (Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False) for line in lines)
-        return Group(_group_table(self), _cost_table(self), *texts)
+        return Group(_group_table(self), cost_table(self.before, self.after), *texts)
 
     def __str__(self) -> str:
         return printed(self.__rich__())
@@ -172,12 +192,12 @@ def _group_table(report: ShrinkReport) -> Table:
     return table
 
 
-def _cost_table(report: ShrinkReport) -> Table:
+def cost_table(a: Measurement, b: Measurement) -> Table:
+    """Costs before and after, and what is left of each."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("cost")
     for column in ("before", "after", "left"):
         table.add_column(column, justify="right")
-    a, b = report.before, report.after
     rows: list[tuple[str, float | None, float | None]] = [
         ("parameters", a.parameters, b.parameters),
         ("bytes", a.dense_bytes, b.dense_bytes),

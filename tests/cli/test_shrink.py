@@ -75,6 +75,8 @@ def test_layers_are_dropped_and_then_the_budget_counts_from_what_is_left(
 
     shallow, both = tmp_path / "shallow", tmp_path / "both"
     assert run("shrink", llama, "--out", shallow, "--drop-layers", 1, "--data", tokens) == 0
+    assert "Dropped blocks" in (shallow / "report.html").read_text()
+    assert len(json.loads((shallow / "report.json").read_text())["influence"]) == 3
     assert "Dropped model.layers." in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(shallow)
     assert model.config.num_hidden_layers == 2 == len(model.model.layers)

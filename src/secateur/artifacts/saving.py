@@ -18,9 +18,12 @@ from secateur.artifacts.tensors import refuse_unsavable, ties, write_tensors
 from secateur.core.errors import ArtifactError
 from secateur.core.files import write_text
 from secateur.core.names import unwrap
+from secateur.dropped import DropReport
+from secateur.layers import DropRecord
 from secateur.masks import Masks
 from secateur.record import Report
 from secateur.shrunk import ShrinkReport
+from secateur.surgery import Cuts
 
 _REPORT = "report.json"
 # What a tokenizer or a preprocessor is made of. Never code: the patterns name data files only.
@@ -44,7 +47,7 @@ def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    report: Report | ShrinkReport | None = None,
+    report: Report | ShrinkReport | DropReport | None = None,
     masks: Masks | None = None,
     surgery: Surgery | None = None,
     source: str | os.PathLike[str] | None = None,
@@ -89,7 +92,7 @@ def save(
     if masks is not None:
         masks.check(model)
     if surgery is None:
-        surgery = report.cuts if isinstance(report, ShrinkReport) else ()
+        surgery = _surgery_of(report)
     steps = as_steps(surgery)
     refuse_other_surgery(model, steps)
     companions = list(_companions(Path(source))) if source is not None else []
@@ -108,7 +111,7 @@ def save(
             write_steps(steps, new / SURGERY)
         if report is not None:
             # The surgery has its own file.
-            data = {k: v for k, v in report.to_dict().items() if k != "surgery"}
+            data = {k: v for k, v in report.to_dict().items() if k not in ("surgery", "record")}
             write_text(new / _REPORT, json.dumps(data, indent=1) + "\n")
         Manifest(
             "hf" if pretrained else "module",
@@ -118,6 +121,12 @@ def save(
             float_dtypes(model) if pretrained else {},
             dict(report.settings) if report is not None else {},
         ).write(new)
+
+
+def _surgery_of(report: Report | ShrinkReport | DropReport | None) -> tuple[Cuts | DropRecord, ...]:
+    if isinstance(report, ShrinkReport):
+        return report.cuts
+    return (report.record,) if isinstance(report, DropReport) else ()
 
 
 def _companions(source: Path) -> Iterator[Path]:

@@ -11,16 +11,17 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from secateur import layers
 from secateur.artifacts import load_hf, save
 from secateur.budget import Budget
 from secateur.cli import choices, shared
 from secateur.cli.data import Data, example_input, read_data
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
+from secateur.dropped import DropReport, drop_least_
 from secateur.graph import Graph
 from secateur.shrink import DEFAULT_KINDS, shrink_
-from secateur.shrink_page import shrink_page
+from secateur.shrink_page import drop_page, shrink_page
+from secateur.shrunk import ShrinkReport
 
 KINDS_HELP = (
     f"Kinds of groups to cut, separated by commas; by default {', '.join(DEFAULT_KINDS)}. Also width, "
@@ -103,11 +104,12 @@ def shrink(
         shared.say(str(Graph.trace(model, **example)))
     history: list[Any] = []
     notes: list[str] = []
+    dropped: DropReport | None = None
+    report: ShrinkReport | None = None
     if drop_layers:
-        record = _drop(model, drop_layers, example, calibration)
-        history.append(record)
-        notes.append(f"Dropped {', '.join(record.dropped)}. " + " ".join(record.notes))
-    report = None
+        dropped = _drop(model, drop_layers, example, calibration)
+        history.append(dropped.record)
+        notes.append(f"Dropped {', '.join(dropped.record.dropped)}. " + " ".join(dropped.record.notes))
     if budget is not None:
         report = shrink_(
             model,
@@ -127,19 +129,21 @@ def shrink(
         history += report.cuts
     if held_out is not None:
         notes.append(shared.loss_note(evaluate, task, old_loss, shared.loss_of(model, held_out)))
+    shown: ShrinkReport | DropReport
     if report is not None:
-        report = replace(report, notes=(*notes, *report.notes))
-        shared.console.print(report)
+        shown = report = replace(report, notes=(*notes, *report.notes))
+        page = shrink_page(report)
     else:
-        for note in notes:
-            shared.say(note)
+        assert dropped is not None  # one of both was asked for
+        shown = dropped = replace(dropped, notes=(*notes, *dropped.notes))
+        page = drop_page(dropped)
+    shared.console.print(shown)
     if dry_run or out is None:
         shared.say("A dry run: nothing was written.")
         return
-    save(model, out, report=report, surgery=history, source=model_dir)
-    if report is not None:
-        write_text(out / "report.html", shrink_page(report))
-    shared.say(f"Saved in {out}" + (f"; the report: {out / 'report.html'}" if report else "."))
+    save(model, out, report=shown, surgery=history, source=model_dir)
+    write_text(out / "report.html", page)
+    shared.say(f"Saved in {out}; the report: {out / 'report.html'}")
 
 
 def _budget(
@@ -168,8 +172,7 @@ def _kinds(text: str | None) -> tuple[str, ...] | None:
     return None if text == "all" else tuple(kind.strip() for kind in text.split(","))
 
 
-def _drop(model: nn.Module, n: int, example: Any, calibration: Data | None) -> layers.DropRecord:
+def _drop(model: nn.Module, n: int, example: Any, calibration: Data | None) -> DropReport:
     if calibration is None:
         raise SecateurError("--drop-layers measures the influence of each block: give it --data.")
-    scores = layers.block_influence(model, calibration.batches)
-    return layers.drop_layers_(model, layers.lowest(scores, n), example)
+    return drop_least_(model, n, example, calibration.batches)

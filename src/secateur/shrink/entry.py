@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -17,14 +16,13 @@ from secateur.core.errors import BudgetError, SecateurError, SurgeryError
 from secateur.core.names import unwrap
 from secateur.criteria import Criterion, Magnitude
 from secateur.graph import Check, Graph, Group
-from secateur.measure import Measurement, as_call, measure
-from secateur.operators import OperatorTime, operator_times, vector_width, why_not_faster
+from secateur.measure import as_call
 from secateur.progress import track
 from secateur.scoring import GroupCriterion
 from secateur.selection import Isomorphic, Scope
 from secateur.shrink.select import Origins, Wanted, follow
 from secateur.shrink.steps import Asked, Repair, Step, amount, take_step
-from secateur.shrunk import GroupRecord, ShrinkReport
+from secateur.shrunk import Costs, GroupRecord, ShrinkReport
 
 DEFAULT_KINDS = ("neurons", "filters", "heads", "kv_groups", "queries")
 """What is cut unless asked otherwise: units inside blocks."""
@@ -104,7 +102,7 @@ def shrink_(
         [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
     )
     kinds = (kinds,) if isinstance(kinds, str) else kinds
-    before = _Costs.of(model, example)
+    before = Costs.of(model, example)
     args, kwargs = as_call(example)
     dense = Graph.trace(model, *args, **kwargs)
     given = {
@@ -119,7 +117,7 @@ def shrink_(
     try:
         for limit in track(targets(budget.limit(whole), whole, steps), "shrinking", steps):
             done.add(take_step(done.graph, done.origins, wanted, limit, asked))
-        after = _Costs.of(model, example)
+        after = Costs.of(model, example)
     except BaseException:
         done.undo(saved)
         raise
@@ -149,23 +147,6 @@ def check_choices(budget: Any, scope: Any, repair: Any) -> None:
         raise SecateurError(f"scope=... is Isomorphic(), Global() or Local(); got {scope!r}.")
     if repair is not None and repair not in get_args(Repair):
         raise SecateurError(f'repair=... is "parallel", "sequential" or None; got {repair!r}.')
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """What a model costs, and where its time goes."""
-
-    measured: Measurement
-    operators: tuple[OperatorTime, ...]
-    width: int
-
-    @classmethod
-    def of(cls, model: nn.Module, example: Any) -> _Costs:
-        width = max((vector_width(p) for p in model.parameters()), default=1)
-        return cls(measure(model, example), operator_times(model, example), width)
-
-    def slower_than_expected(self, dense: _Costs) -> str | None:
-        return why_not_faster(dense.measured, self.measured, dense.operators, self.operators, self.width)
 
 
 class _Done:
@@ -225,8 +206,8 @@ def _report(
     budget: Budget,
     done: _Done,
     saved: _Saved,
-    before: _Costs,
-    after: _Costs,
+    before: Costs,
+    after: Costs,
     seconds: float,
 ) -> ShrinkReport:
     groups = (
