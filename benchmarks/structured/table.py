@@ -48,11 +48,16 @@ def _task(task: Task, rows: Rows) -> list[str]:
     lines += ["| --- | --- | ---: | ---: |" + " ---: |" * len(metrics)]
     for target in task.targets:
         mine = {cell: row for cell, row in rows.items() if cell.target == target.label}
-        for method in dict.fromkeys(cell.method for cell in mine):
+        for method in sorted({cell.method for cell in mine}, key=_place):
             chosen = {cell: row for cell, row in mine.items() if cell.method == method}
             left, texts = _left(task, chosen), [_best(task, chosen, m) for m in metrics]
             lines.append(f"| {target.label} | {method} | {left} | " + " | ".join(texts) + " |")
     return [*lines, "", *_notes(rows)]
+
+
+def _place(method: str) -> tuple[bool, str]:
+    """Baselines of random units last."""
+    return method.startswith("random"), method
 
 
 def _left(task: Task, rows: Rows) -> str:
