@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,7 +155,7 @@ def _rows() -> list[dict[str, Any]]:
 
 def _write(row: dict[str, Any]) -> None:
     row |= {
-        "command": "python -m benchmarks.oneshot_llm " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.oneshot_llm --samples {row['samples']} --cells {row['cell']!r}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }

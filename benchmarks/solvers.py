@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +65,8 @@ def main() -> None:
             rows.append({"shape": shape, "case": name, **measured(runs, weight, gram, arguments.rounds)})
             print(json.dumps(rows[-1]), flush=True)
     data = {
-        "command": "python -m benchmarks.solvers " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.solvers --sparsegpt DIR --alps DIR "
+        f"--rounds {arguments.rounds} --threads {arguments.threads} --shapes {arguments.shapes}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads",
         "torch": torch.__version__,
         "authors": authors.digests,
