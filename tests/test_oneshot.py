@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -205,3 +207,18 @@ def test_a_failure_half_way_is_undone() -> None:
     with pytest.raises(RuntimeError, match="out of order"):
         sc.prune_(model, sc.SparseGPT(), 0.5, batches=data)
     assert done and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_what_is_neither_criterion_nor_solver_is_refused() -> None:
+    # In a process of its own: here the annotations are checked, and refuse it first.
+    code = (
+        "import torch, secateur as sc\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))\n"
+        "before = model[0].weight.clone()\n"
+        "try:\n    sc.prune_(model, 'magnitude', 0.5)\n"
+        "except sc.SecateurError as error:\n    print(error, torch.equal(model[0].weight, before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "prune_ takes a criterion such as Magnitude() or a solver; got 'magnitude'. True\n"
+    )

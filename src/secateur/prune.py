@@ -64,7 +64,8 @@ def prune_(
             scores gets those of `Wanda` on the dense model.
         sparsity: fraction to remove, in [0, 1]. None where the allocation decides (`custom`, `Threshold(q)`).
         pattern: which entries may survive; `Unstructured()` if None.
-        allocation: how much from each layer: `uniform`, `global_`, `erk`, `lamp`, `threshold`, `custom(...)`.
+        allocation: how much from each layer: `uniform`, `global_`, `erk`, `lamp`, `owl`, `threshold` or
+            `custom(...)`.
         where: which layers; see `Where`. Norms, biases, embeddings and the output head are left alone unless
             asked.
         batches: data for criteria that need statistics; see `collect`.
@@ -83,6 +84,8 @@ def prune_(
     started = time.perf_counter()
     refuse_class(criterion)
     refuse_class(pattern)
+    if not isinstance(criterion, Criterion | Solver):
+        raise SecateurError(f"prune_ takes a criterion such as Magnitude() or a solver; got {criterion!r}.")
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise SparsityError(f"Sparsity is the fraction removed, between 0 and 1; got {sparsity}.")
     rounds = getattr(criterion, "rounds", 1) if rounds is None else rounds

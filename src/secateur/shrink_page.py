@@ -20,13 +20,8 @@ _SMALLEST = 5e-4  # share of the parameters below which a frozen dimension is no
 def shrink_page(report: ShrinkReport) -> str:
     """HTML of a report of structured pruning."""
     before, after = report.before, report.after
-    facts = [
-        ("parameters", f"{compact(before.parameters)} → {compact(after.parameters)}"),
-        ("multiply-accumulates", f"{compact(before.macs or 0)} → {compact(after.macs or 0)}"),
-        ("groups cut", f"{sum(g.kept < g.size for g in report.groups)} of {len(report.groups)}"),
-    ]
-    if before.latency and after.latency:
-        facts.append(("time", f"{1e3 * before.latency.median:.1f} → {1e3 * after.latency.median:.1f} ms"))
+    cut = sum(g.kept < g.size for g in report.groups)
+    facts = [("groups cut", f"{cut} of {len(report.groups)}"), *_cost_facts(before, after)]
     sections = [_cost_section(before, after), _time_section(report), _groups_section(report)]
     if report.repairs:
         sections.append(_repair_section(report))
@@ -73,13 +68,7 @@ def drop_page(report: DropReport) -> str:
     before, after = report.before, report.after
     names = list(report.influence)
     gone = set(report.record.dropped)
-    facts = [
-        ("blocks dropped", f"{len(gone)} of {len(names)}"),
-        ("parameters", f"{compact(before.parameters)} → {compact(after.parameters)}"),
-        ("multiply-accumulates", f"{compact(before.macs or 0)} → {compact(after.macs or 0)}"),
-    ]
-    if before.latency and after.latency:
-        facts.append(("time", f"{1e3 * before.latency.median:.1f} → {1e3 * after.latency.median:.1f} ms"))
+    facts = [("blocks dropped", f"{len(gone)} of {len(names)}"), *_cost_facts(before, after)]
     labels = [f"{name} (dropped)" if name in gone else name for name in names]
     bars = layer_bars(labels, list(report.influence.values()), xlabel="influence", format=compact)
     rows = [(name, f"{x:.4g}", "dropped" if name in gone else "") for name, x in report.influence.items()]
@@ -93,6 +82,16 @@ def drop_page(report: DropReport) -> str:
         "without them, which was proven on the example input."
     )
     return render("Dropped blocks", sentence, facts, sections, footer(report.versions))
+
+
+def _cost_facts(before: Measurement, after: Measurement) -> list[tuple[str, str]]:
+    facts = [
+        ("parameters", f"{compact(before.parameters)} → {compact(after.parameters)}"),
+        ("multiply-accumulates", f"{compact(before.macs or 0)} → {compact(after.macs or 0)}"),
+    ]
+    if before.latency and after.latency:
+        facts.append(("time", f"{1e3 * before.latency.median:.1f} → {1e3 * after.latency.median:.1f} ms"))
+    return facts
 
 
 def _time_section(report: ShrinkReport | DropReport) -> Section:

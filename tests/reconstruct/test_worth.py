@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.reconstruct.worth import Gain
+
+NAN = float("nan")
 
 
 def _model(norm: bool) -> tuple[nn.Module, Tensor]:
@@ -91,3 +94,10 @@ def test_every_step_is_judged() -> None:
 def test_nothing_is_judged_where_nothing_was_repaired() -> None:
     model, x = _model(norm=False)
     assert sc.shrink_(model, x, sc.Budget.params(0.6), batches=[x], repair=None).gains == ()
+
+
+@pytest.mark.parametrize(
+    ("plain", "repaired", "kept"), [(1.0, NAN, False), (NAN, 1.0, True), (1.0, 1.0, True)]
+)
+def test_what_is_not_a_number_is_never_the_better_one(plain: float, repaired: float, kept: bool) -> None:
+    assert Gain("loss", plain, repaired).kept == kept

@@ -109,7 +109,7 @@ def shrink(
     if drop_layers:
         dropped = _drop(model, drop_layers, example, calibration)
         history.append(dropped.record)
-        notes.append(f"Dropped {', '.join(dropped.record.dropped)}. " + " ".join(dropped.record.notes))
+        notes.append(" ".join((f"Dropped {', '.join(dropped.record.dropped)}.", *dropped.record.notes)))
     if budget is not None:
         report = shrink_(
             model,
@@ -135,7 +135,7 @@ def shrink(
         page = shrink_page(report)
     else:
         assert dropped is not None  # one of both was asked for
-        shown = dropped = replace(dropped, notes=(*notes, *dropped.notes))
+        shown = dropped = replace(dropped, notes=tuple(notes))  # those of the record are among them
         page = drop_page(dropped)
     shared.console.print(shown)
     if dry_run or out is None:

@@ -6,6 +6,7 @@ always: units may carry much of a layer's output and little of what matters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class Gain:
     @property
     def kept(self) -> bool:
         """Whether the repaired weights are the better ones."""
-        return self.repaired <= self.plain
+        return self.repaired <= self.plain or math.isnan(self.plain)
 
     def __str__(self) -> str:
         return f"{self.what} {self.plain:.4g} with plain removal, {self.repaired:.4g} with repaired weights"
