@@ -96,6 +96,37 @@ def test_the_report_counts_exactly_and_says_each_error(solver: Solver) -> None:
     assert "error" in str(report) and report.to_dict()["layers"][0]["error"] == report.layers[0].error
 
 
+class Skipping(nn.Module):
+    """What the first block returns is used twice, so that the model cannot be entered behind the second."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        return self.blocks[3](self.blocks[2](self.blocks[1](first)) - 3 * first)
+
+
+def test_a_model_that_cannot_be_entered_in_its_middle_is_run_whole() -> None:
+    torch.manual_seed(0)
+    model, data = Skipping(16), [torch.randn(8, 12, 16) for _ in range(3)]
+    report = sc.prune_(model, sc.SparseGPT(), 0.5, batches=data, where=sc.Where(exclude="blocks.3.down"))
+    gate = next(layer for layer in report.layers if layer.name == "blocks.3.gate.weight")
+    torch.manual_seed(0)
+    dense = Skipping(16)
+    heard: list[Tensor] = []
+    model.blocks[3].gate.register_forward_pre_hook(lambda m, args: heard.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for x in data:
+            model(x)
+        x = torch.cat(heard)
+        lost = x @ (model.blocks[3].gate.weight - dense.blocks[3].gate.weight).T
+        whole = x @ dense.blocks[3].gate.weight.T
+    # The error is that on the inputs that the pruned model really passes on.
+    assert gate.error == pytest.approx(float(lost.square().sum() / whole.square().sum()), rel=1e-3)
+
+
 def test_solvers_beat_criteria_and_each_other_on_the_output() -> None:
     model, data = model_and_data(24, 3)
     x = torch.cat(data)
