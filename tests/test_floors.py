@@ -16,8 +16,8 @@ FLOORS = [
     "masks collect batchnorm measure operators record inspection progress printing graph surgery callsites "
     "swaps",
     "prune oneshot layerwise shrink shrunk dropped scoring selection reconstruct layers stream training "
-    "lottery",
-    "runtime artifacts report pages shrink_page integrations",
+    "lottery int8 lora",
+    "runtime artifacts checkpoint report pages shrink_page integrations",
     "recipe cli demo testing __init__ __main__",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

@@ -51,6 +51,7 @@ from secateur.criteria import (
 from secateur.dropped import DropReport, drop_least_
 from secateur.graph import Check, Cost, Frozen, Graph, Group, Member, rule
 from secateur.inspection import Inspection, LayerInspection, inspect
+from secateur.int8 import Quantized, QuantizeReport, quantize_, scales_of
 from secateur.layers import (
     DropRecord,
     angular_distance,
@@ -64,6 +65,7 @@ from secateur.layers import (
     stacks,
 )
 from secateur.layerwise import LayerSensitivity, Sensitivity, sensitivity
+from secateur.lora import LoraError, LoraHold, Merged, hold_lora, merge_lora_
 from secateur.masks import Hold, Masks
 from secateur.measure import Latency, Measurement, measure
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
@@ -154,16 +156,21 @@ __all__ = [
     "LayerRecord",
     "LayerSensitivity",
     "Local",
+    "LoraError",
+    "LoraHold",
     "Magnitude",
     "MaskError",
     "Masks",
     "Measurement",
     "Member",
+    "Merged",
     "NonFiniteError",
     "Pattern",
     "PatternError",
     "PerRow",
     "Plan",
+    "QuantizeReport",
+    "Quantized",
     "Random",
     "RepairReport",
     "Report",
@@ -200,6 +207,7 @@ __all__ = [
     "every_other",
     "first_blocks",
     "global_",
+    "hold_lora",
     "inspect",
     "lamp",
     "laplace_scale",
@@ -210,13 +218,16 @@ __all__ = [
     "loss_increase",
     "lowest",
     "measure",
+    "merge_lora_",
     "owl",
     "prune_",
+    "quantize_",
     "reestimate_batchnorm_",
     "repair_",
     "replay_",
     "rule",
     "save",
+    "scales_of",
     "score_groups",
     "select",
     "sensitivity",

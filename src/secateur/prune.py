@@ -109,11 +109,11 @@ def prune_(
     with _undone_on_error(selection.targets) if careful else nullcontext():
         if solver is not None:
             layers = _wanda(model, selection.targets, pattern, batches)
-            shares = _shares(layers, allocation, sparsity)
-            solved = solve_(model, selection.targets, solver, pattern, shares, batches)
+            shares = shares_of(layers, allocation, sparsity)
+            solved, walked = solve_(model, selection.targets, solver, pattern, shares, batches)
             keep = {name: found.keep for name, found in solved.items()}
             errors = {name: found.error for name, found in solved.items()}
-            notes = _of_layers({name: found.notes for name, found in solved.items()})
+            notes = (*walked, *_of_layers({name: found.notes for name, found in solved.items()}))
         else:
             assert isinstance(criterion, Criterion)
 
@@ -198,7 +198,7 @@ def _choose(
     """Masks in matrix layout, without touching the model."""
     collected = measured()
     layers = [as_layer(t, criterion, collected.stats.get(t.name, {}), pattern) for t in targets]
-    shares = _shares(layers, allocation, sparsity)
+    shares = shares_of(layers, allocation, sparsity)
     keep = {}
     for layer in layers:
         pattern.reachable(layer.shape, shares[layer.name])
@@ -263,7 +263,7 @@ def _of_layers(notes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(f"{names[0]}{more[note]}: {note}" for note, names in about.items())
 
 
-def _shares(layers: Sequence[Layer], allocation: Allocation, sparsity: float | None) -> dict[str, float]:
+def shares_of(layers: Sequence[Layer], allocation: Allocation, sparsity: float | None) -> dict[str, float]:
     """The sparsity of each layer, checked."""
     shares = allocation(layers, sparsity)
     _check_shares(layers, shares, sparsity)

@@ -41,6 +41,11 @@ def written_at_once(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise `ArtifactError` if a folder holds something that `written_at_once` would not replace."""
+    _earlier(folder)
+
+
 def _earlier(folder: Path) -> list[str]:
     """Names of the files of the artifact that will be replaced."""
     if folder.exists() and not folder.is_dir():

@@ -95,7 +95,7 @@ def save(
         surgery = _surgery_of(report)
     steps = as_steps(surgery)
     refuse_other_surgery(model, steps)
-    companions = list(_companions(Path(source))) if source is not None else []
+    companions = list(companions(Path(source))) if source is not None else []
     pretrained = is_pretrained(model)
     with written_at_once(folder) as new:
         if pretrained:
@@ -110,9 +110,7 @@ def save(
         if steps:
             write_steps(steps, new / SURGERY)
         if report is not None:
-            # The surgery has its own file.
-            data = {k: v for k, v in report.to_dict().items() if k not in ("surgery", "record")}
-            write_text(new / _REPORT, json.dumps(data, indent=1) + "\n")
+            write_report(report, new)
         Manifest(
             "hf" if pretrained else "module",
             f"{type(model).__module__}.{type(model).__qualname__}",
@@ -123,13 +121,20 @@ def save(
         ).write(new)
 
 
+def write_report(report: Report | ShrinkReport | DropReport, folder: Path) -> None:
+    """Write `report.json`, without the surgery, which has its own file."""
+    data = {k: v for k, v in report.to_dict().items() if k not in ("surgery", "record")}
+    write_text(folder / _REPORT, json.dumps(data, indent=1) + "\n")
+
+
 def _surgery_of(report: Report | ShrinkReport | DropReport | None) -> tuple[Cuts | DropRecord, ...]:
     if isinstance(report, ShrinkReport):
         return report.cuts
     return (report.record,) if isinstance(report, DropReport) else ()
 
 
-def _companions(source: Path) -> Iterator[Path]:
+def companions(source: Path) -> Iterator[Path]:
+    """Tokenizer and preprocessor files of a folder."""
     if not source.is_dir():
         raise ArtifactError(f"source={source} is no folder: give the folder that the model was loaded from.")
     for pattern in _COMPANIONS:

@@ -1,10 +1,9 @@
-"""`secateur eval`: the loss of a model on a text, and the perplexity of a language model."""
+"""`secateur eval`: the loss of a model on a text, the perplexity of a language model, and tasks."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +14,12 @@ from torch import nn
 
 from secateur.artifacts import load_hf
 from secateur.cli import shared
-from secateur.cli.data import Data, read_data
+from secateur.cli.data import SELF, Data, read_data
+from secateur.cli.tasks import find_tasks, run_tasks, score_table
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.core.modes import evaluation
 from secateur.progress import track
-
-_ALL = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Evaluation:
         tokens: that were predicted.
         examples: windows or texts.
         protocol: in words, all that decides the number.
+        notes: where the data was less than asked for.
     """
 
     task: str
@@ -43,11 +42,21 @@ class Evaluation:
     tokens: int
     examples: int
     protocol: str
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
     model_dir: shared.Folder,
-    data: Annotated[Path, typer.Option(help=f"Data: {shared.FORMATS}.")],
+    data: Annotated[Path | None, typer.Option(help=f"Data to measure the loss on: {shared.FORMATS}.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, separated by commas, such as arc_easy,piqa.")
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="Folder of YAML files that --tasks are taken from instead.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of each task, from the beginning; all if not given.")
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Windows or texts, from the beginning; all if not given.")
     ] = None,
@@ -55,26 +64,64 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="File for the same JSON.")] = None,
 ) -> None:
-    """Measure the loss of a model, pruned or not; for a language model the perplexity.
+    """Measure the loss of a model, pruned or not; for a language model the perplexity, and tasks of lm-eval.
 
     A .txt file is one text, tokenised as a whole and cut into windows of --length tokens that do not overlap;
     each window stands alone, and its first token is not predicted. What does not fill a window is left out.
     """
+    names = _task_names(tasks, task_dir, limit)
+    if data is None and not names:
+        raise SecateurError("Say what to measure: --data FILE, --tasks NAMES, or both.")
+    if data == SELF:
+        raise SecateurError("What a model writes itself is no test of it: give --data a file.")
+    suite = find_tasks(names, task_dir) if names else None
     model, task = load_hf(model_dir)
-    read = read_data(data, model_dir, model, task, samples or _ALL, length)
-    if read.loss is None:
-        raise SecateurError(f"A model for {task} has no loss to measure on {data}.")
-    found = _measured(model, task, read, data)
-    text = json.dumps(asdict(found), indent=1)
+    loss = _loss(model, task, model_dir, data, samples, length) if data is not None else None
+    scores = run_tasks(suite, model, task, model_dir, limit) if suite is not None else None
+    found = (asdict(loss) if loss else {}) | ({"tasks": asdict(scores)} if scores else {})
+    text = json.dumps(found, indent=1)
     if out is not None:
         write_text(out, text + "\n")
     if as_json:
         print(text)
         return
+    if loss is not None:
+        _say(loss)
+    if scores is not None:
+        shared.console.print(score_table(scores))
+        shared.say(
+            f"By {scores.harness}{'' if limit is None else f', the first {limit:,} examples of each task'}."
+        )
+
+
+def _task_names(tasks: str | None, task_dir: Path | None, limit: int | None) -> tuple[str, ...]:
+    if tasks is None:
+        for option, value in (("--task-dir", task_dir), ("--limit", limit)):
+            if value is not None:
+                raise SecateurError(f"{option} is for tasks: say which, --tasks NAMES.")
+        return ()
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        raise SecateurError(f"--tasks is a list of names such as arc_easy,piqa; got {tasks!r}.")
+    return names
+
+
+def _loss(
+    model: nn.Module, task: str, folder: Path, file: Path, samples: int | None, length: int
+) -> Evaluation:
+    read = read_data(file, folder, model, task, samples, length)
+    if read.loss is None:
+        raise SecateurError(f"A model for {task} has no loss to measure on {file}.")
+    return _measured(model, task, read, file)
+
+
+def _say(found: Evaluation) -> None:
     if found.perplexity is not None:
         shared.say(f"perplexity {found.perplexity:.4f}")
     shared.say(f"loss       {found.loss:.6f}")
     shared.say(f"{found.tokens:,} tokens predicted in {found.examples:,} examples: {found.protocol}")
+    for note in found.notes:
+        shared.say(note)
 
 
 @torch.no_grad()
@@ -100,7 +147,8 @@ def _measured(model: nn.Module, task: str, data: Data, file: Path) -> Evaluation
     protocol = (
         f"{file.name}, {windows}, {context}, natural logarithm, special tokens as the tokenizer adds them."
     )
-    return Evaluation(task, loss, math.exp(min(loss, 700)) if spoken else None, tokens, examples, protocol)
+    perplexity = math.exp(min(loss, 700)) if spoken else None
+    return Evaluation(task, loss, perplexity, tokens, examples, protocol, data.notes)
 
 
 def _predicted(batch: dict[str, Any]) -> int:

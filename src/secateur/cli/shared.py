@@ -15,17 +15,31 @@ from secateur.core.errors import SecateurError
 
 console = Console()
 
-FORMATS = ".txt, .json (a list of texts), .jsonl (text, label) or .safetensors (the model's arguments)"
+FORMATS = (
+    ".txt, .json, .jsonl, .parquet, .csv, .arrow or a folder of datasets (texts or token ids; FILE:COLUMN), "
+    "or .safetensors (the model's arguments)"
+)
 Folder = Annotated[
     Path,
     typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model folder (config.json and safetensors)."),
 ]
-DataFile = Annotated[Path | None, typer.Option("--data", help=f"Calibration data: {FORMATS}.")]
+DataFile = Annotated[
+    Path | None,
+    typer.Option("--data", help=f"Calibration data: {FORMATS}; or self, what the model itself writes."),
+]
 EvalFile = Annotated[
     Path | None, typer.Option("--eval", help="Data to measure the loss on before and after, likewise.")
 ]
 Samples = Annotated[int, typer.Option(help="Examples read from a data file, at most.")]
 Length = Annotated[int, typer.Option(help="Tokens of an example, at most.")]
+DataSeed = Annotated[
+    int | None,
+    typer.Option("--data-seed", help="Draw the examples at random places of --data, not from the beginning."),
+]
+Pack = Annotated[
+    bool,
+    typer.Option("--pack", help="Join the texts of --data and cut them into windows of --length tokens."),
+]
 Seed = Annotated[int, typer.Option(help="Of random criteria and probes.")]
 
 

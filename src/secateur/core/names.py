@@ -98,11 +98,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def select(model: nn.Module, where: Where | None = None) -> Selection:
-    """Find the parameters that `where` selects; raise `SelectionError` if none is left."""
+def select(model: nn.Module, where: Where | None = None, valueless: bool = False) -> Selection:
+    """Find the parameters that `where` selects; raise `SelectionError` if none is left.
+
+    Parameters on the meta device are refused unless `valueless` says that they get values later.
+    """
     where = where or Where()
     model = unwrap(model)
-    found = _parameters(model)
+    found = _parameters(model, valueless)
     include, exclude, also = (_as_globs(g) for g in (where.include, where.exclude, where.also))
     for label, globs in (("include", include), ("exclude", exclude), ("also", also)):
         _refuse_idle_globs(label, globs, [name for f in found for name in f.names])
@@ -152,24 +155,34 @@ class _Found:
         return Target(self.name, self.module, self.attribute, layout_of(self.module, self.attribute))
 
 
-def _occurrences(model: nn.Module) -> Iterator[_Found]:
+def _occurrences(model: nn.Module, valueless: bool) -> Iterator[_Found]:
     """Every parameter of every module, a tied one each time that it occurs."""
     for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                yield _role(f"{prefix}.{attribute}" if prefix else attribute, module, attribute, parameter)
+        for attribute, p in module._parameters.items():
+            if p is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                if not valueless:
+                    _refuse_without_values(name, p)
+                yield _role(name, module, attribute, p)
 
 
-def _parameters(model: nn.Module) -> list[_Found]:
+def _parameters(model: nn.Module, valueless: bool = False) -> list[_Found]:
     """Every distinct parameter; one that is tied to an embedding counts as an embedding."""
     found: dict[int, _Found] = {}
-    for role in _occurrences(model):
+    for role in _occurrences(model, valueless):
         first = found.setdefault(role.key, role)
         if first is not role:
             first.names.append(role.name)
             if role.refused and not first.refused:
                 first.refused = f"shared with {role.name}: {role.refused}"
     return list(found.values())
+
+
+def _refuse_without_values(name: str, p: Tensor) -> None:
+    if isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta:
+        raise SelectionError(
+            f"{name} has no values yet (lazy or on the meta device): load the weights first."
+        )
 
 
 def _role(name: str, module: nn.Module, attribute: str, p: Tensor) -> _Found:
@@ -179,10 +192,6 @@ def _role(name: str, module: nn.Module, attribute: str, p: Tensor) -> _Found:
     if hasattr(p, "device_mesh"):
         raise SelectionError(
             f"{name} is sharded over devices (DTensor), which is not supported: gather it first."
-        )
-    if isinstance(p, nn.parameter.UninitializedParameter) or p.is_meta:
-        raise SelectionError(
-            f"{name} has no values yet (lazy or on the meta device): load the weights first."
         )
     if p.dtype not in _DTYPES:
         return refuse(f"not a floating-point weight that can be pruned ({p.dtype})", impossible=True)
@@ -224,7 +233,7 @@ def _head(model: nn.Module, found: list[_Found]) -> set[str]:
         if declares and not start.startswith(tuple(declared)):  # of nested ones, the outer knows the head
             declared.append(start)
             head |= _declared_head(module)
-    last = next((f for f in reversed(list(_occurrences(model))) if f.refused is None), None)
+    last = next((f for f in reversed(list(_occurrences(model, True))) if f.refused is None), None)
     several = sum(f.refused is None for f in found) > 1
     if last and several and _is_layer(last.module) and not last.name.startswith(tuple(declared)):
         head.add(last.key)

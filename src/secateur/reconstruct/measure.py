@@ -128,10 +128,10 @@ def measure(
 
     `run` says how the model goes over a batch; by default it goes from the beginning to the end.
     """
-    groups = _groups(stages)
+    groups = groups_of(stages)
     leaders = {group[0].name for group in groups}
     sums = {name: Splitting(Covariance, several) for name in leaders}
-    inputs, rows = Inputs(), _Rows(tokens)
+    inputs, rows = Inputs(), Rows(tokens)
     number = 0
 
     def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
@@ -168,12 +168,12 @@ def measure_both(
     `run` says how each of the models goes over a batch; by default it goes from the beginning to the end.
     """
     run_dense, run_pruned = run or (lambda i, b: b.forward(dense), lambda i, b: b.forward(pruned))
-    groups = _groups(stages)
+    groups = groups_of(stages)
     leaders = [group[0] for group in groups]
     sums = {c.name: Splitting(Joint, several) for c in leaders}
     number = 0
     waiting: dict[str, list[Tensor]] = {c.name: [] for c in leaders}
-    inputs, rows = Inputs(), _Rows(tokens)
+    inputs, rows = Inputs(), Rows(tokens)
     unpaired: set[str] = set()
 
     def keep(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
@@ -212,7 +212,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _groups(stages: Iterable[Stage]) -> list[list[Consumer]]:
+def groups_of(stages: Iterable[Stage]) -> list[list[Consumer]]:
     """Consumers whose inputs are the same, and unfolded alike."""
     groups: list[list[Consumer]] = []
     for stage in stages:
@@ -233,7 +233,7 @@ def _finite(name: str, found: Moments) -> None:
         raise NonFiniteError(f"The inputs of {name} are not finite: look for NaN or overflow in the data.")
 
 
-class _Rows:
+class Rows:
     """Inputs of calls as blocks of rows, those that `Tokens` counts."""
 
     def __init__(self, tokens: Tokens) -> None:

@@ -101,8 +101,16 @@ class Order:
         return len(self.calls) > 1
 
 
-def order_of(model: nn.Module, consumers: Sequence[Consumer], data: Iterable[Batch]) -> Order:
-    """Consumers grouped by the tensors that they take in; one pass over the data."""
+def order_of(
+    model: nn.Module,
+    consumers: Sequence[Consumer],
+    data: Iterable[Batch],
+    run: Callable[[int, Batch], object] | None = None,
+) -> Order:
+    """Consumers grouped by the tensors that they take in; one pass over the data.
+
+    `run` says how the model goes over a batch; by default it goes from the beginning to the end.
+    """
     inputs = Inputs()
     order: list[str] = []
     calls: list[str] = []
@@ -113,8 +121,11 @@ def order_of(model: nn.Module, consumers: Sequence[Consumer], data: Iterable[Bat
         calls.append(consumer.name)
 
     with measuring(model), listening(model, consumers, hear):
-        for batch in data:
-            batch.forward(model)
+        for i, batch in enumerate(data):
+            if run is None:
+                batch.forward(model)
+            else:
+                run(i, batch)
             _merge(order, calls)
             times.append(Counter(calls))
             calls.clear()

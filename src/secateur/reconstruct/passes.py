@@ -26,6 +26,10 @@ from secateur.reconstruct.order import Stage, listening, measuring
 _ROUNDING = 1e-5  # of a layer's inputs, relative to the largest
 
 
+class Enough(Exception):
+    """All that a pass is for was heard."""
+
+
 @dataclass(frozen=True)
 class Chain:
     """Blocks that hand one hidden state on, in the order of execution.
@@ -59,7 +63,7 @@ class Chain:
 
 def chain_of(model: nn.Module, consumers: Iterable[Consumer], batch: Batch) -> Chain:
     """What one pass shows of the blocks of lists and sequences in a model."""
-    candidates = dict(_candidates(model))
+    listed = dict(candidates(model))
     calls: list[tuple[str, Tensor | None, Tensor | None]] = []
     entered: list[Tensor | None] = []
     before: dict[str, int] = {}
@@ -75,10 +79,11 @@ def chain_of(model: nn.Module, consumers: Iterable[Consumer], batch: Batch) -> C
 
     with ExitStack() as stack:
         stack.enter_context(measuring(model))
-        for name, module in candidates.items():
+        for name, module in listed.items():
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(lambda m, a, out, n=name: leave(n, out)).remove)
         stack.enter_context(listening(model, consumers, hear))
+        stack.enter_context(suppress(Enough))
         batch.forward(model)
     times = Counter(name for name, _, _ in calls)
     once = [times[name] == 1 for name, _, _ in calls]
@@ -91,7 +96,7 @@ def chain_of(model: nn.Module, consumers: Iterable[Consumer], batch: Batch) -> C
     )
 
 
-def _candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Children of lists and sequences, the outermost; a sequence among them is taken apart."""
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
@@ -99,15 +104,11 @@ def _candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
         if is_listed and not isinstance(child, nn.ModuleList | nn.Sequential | torch.jit.ScriptModule):
             yield path, child
         else:
-            yield from _candidates(child, path)
+            yield from candidates(child, path)
 
 
 def _first(tree: Any) -> Tensor | None:
     return next((x for x in tree_leaves(tree) if isinstance(x, Tensor)), None)
-
-
-class _Enough(Exception):
-    """All that a pass is for was heard."""
 
 
 class Passes:
@@ -152,7 +153,7 @@ class Passes:
                 if k >= self._done:
                     stack.callback(_collecting(self._block(k), self._outputs.setdefault(k, {}), i))
             stack.enter_context(_until(self.model, self._stage, calls))
-            with suppress(_Enough):
+            with suppress(Enough):
                 batch.forward(self.model)
         self._batches.add(i)
 
@@ -221,7 +222,7 @@ def _until(model: nn.Module, stage: Sequence[Consumer], calls: Mapping[str, int]
     def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
         left[consumer.name] -= 1
         if not any(n > 0 for n in left.values()):
-            raise _Enough
+            raise Enough
 
     if not left:
         yield

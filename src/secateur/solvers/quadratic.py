@@ -63,6 +63,11 @@ class Quadratic:
         """Columns of the weights."""
         return len(self._gram)
 
+    @property
+    def gram_II(self) -> Tensor:
+        """The Gram matrix as it was given."""
+        return self._gram
+
     @cached_property
     def undamped_II(self) -> Tensor:
         """H in float32, over the mean of its diagonal, so that numbers are of order one."""

@@ -1,0 +1,303 @@
+"""`prune_checkpoint`: a model folder into a pruned one, in the memory of one block, resumable."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocation import Allocation, Layer, uniform
+from secateur.checkpoint.journal import Journal, Solved, digest
+from secateur.checkpoint.norms import input_norms
+from secateur.checkpoint.output import Output
+from secateur.checkpoint.source import Source
+from secateur.collect.batches import Batch, as_batches
+from secateur.core.errors import ArtifactError, SecateurError, SparsityError, StatsError
+from secateur.core.names import Selection, Target, Where, select
+from secateur.criteria import Criterion
+from secateur.masks import Masks
+from secateur.measure import Measurement, packed_size
+from secateur.patterns import Pattern, Unstructured
+from secateur.prune import refuse_class, shares_of
+from secateur.reconstruct.consumers import Consumer, consumers_of
+from secateur.record import LayerRecord, Report
+from secateur.solvers import Select, Solver
+from secateur.stream import ranks
+from secateur.stream.sequence import segments, solve_all_
+from secateur.stream.solving import Done, Job
+from secateur.stream.states import States
+from secateur.stream.tuning import Reconstruct
+from secateur.stream.walk import Walk, enterable
+
+_GB = 1 << 30
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is known before the first block."""
+
+    source: Source
+    selection: Selection
+    consumers: tuple[Consumer, ...]
+    data: list[Batch]
+    job: Job
+    pattern: Pattern
+    settings: dict[str, str]
+
+
+@torch.no_grad()
+def prune_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    solver: Solver | Criterion,
+    sparsity: float | None = None,
+    *,
+    batches: Iterable[Any],
+    pattern: Pattern | None = None,
+    allocation: Allocation = uniform,
+    where: Where | None = None,
+    correction: float | None = None,
+    reconstruct: Reconstruct | None = None,
+    spill: int = 4 * _GB,
+) -> Report:
+    """Prune the blocks of a Hugging Face model folder into another folder, in the memory of one block.
+
+    The weights stay in their files: a block is read, pruned, written and forgotten before the next. The
+    model's own forward makes all that a block is given; that running it block by block is the same as
+    running it whole is seen on the first example before anything is written, else the model is refused.
+    Works in float32 and stores weights in the types of the source; each block hears what those before it
+    give with the weights as they are stored.
+
+    Everything is done in a folder inside `out`. Killed at any moment, the same call goes on behind the last
+    block that was finished, with the same result to the bit; the files become visible together at the end.
+    Started by `torchrun`, each process takes a part of the batches, and the layers of a block are shared out.
+
+    Args:
+        source: folder with `config.json` and safetensors, in one file or shards; not changed.
+        out: folder for the result; see `save`.
+        solver: how a layer is pruned, see `prune_`; a criterion that needs no gradients selects weights and
+            leaves the others alone.
+        sparsity: fraction of the selected weights that go; None where the allocation decides.
+        batches: calibration data, keyword arguments of the model.
+        pattern: which entries may survive; `Unstructured()` if None.
+        allocation: how much from each layer; those that rank scores get `Wanda`'s, of the dense model.
+        where: which layers; only weights inside blocks and other layers that are not the head can be pruned.
+        correction: see `prune_`.
+        reconstruct: see `prune_`.
+        spill: bytes of hidden states that are kept in memory as well as in files.
+
+    Returns:
+        The report, as in the folder.
+
+    Raises:
+        SecateurError: one of its subclasses, for anything wrong with the input; nothing is left behind but
+            what a later call can go on with.
+    """
+    started = time.perf_counter()
+    refuse_class(solver)
+    refuse_class(pattern)
+    if isinstance(solver, Criterion):
+        solver = Select(solver, steps=0)
+    if sparsity is not None and not 0 <= sparsity <= 1:
+        raise SparsityError(f"Sparsity is the fraction removed, between 0 and 1; got {sparsity}.")
+    source, out = Path(source), Path(out)
+    if source.resolve() == out.resolve():
+        raise ArtifactError(f"{out} is the model's own folder: choose another, the original is kept.")
+    pattern = pattern or Unstructured()
+    model = Source(source)
+    selection = _blocks_only(model, select(model.model, where, valueless=True))
+    consumers, reasons = consumers_of(model.model, [t.name for t in selection.targets])
+    for name, reason in reasons.items():
+        raise StatsError(f"{solver} cannot see the inputs of {name}, {reason}: exclude it with where=.")
+    for t in selection.targets:
+        pattern.check(t.shape, t.run, t.name)
+    data = list(as_batches(batches, torch.device("cpu"), f"{solver} fits weights to data"))
+    settings = {
+        "criterion": repr(solver),
+        "sparsity": "as allocated" if sparsity is None else repr(sparsity),
+        "pattern": repr(pattern),
+        "allocation": getattr(allocation, "__name__", repr(allocation)),
+    }
+    settings |= {} if where is None else {"where": repr(where)}
+    settings |= {} if correction is None else {"correction": repr(correction)}
+    settings |= {} if reconstruct is None else {"reconstruct": repr(reconstruct)}
+    sizes = {n: model.shards.entry(n).bytes for n in model.shards.names}
+    key = digest(settings | {"ranks": str(ranks.count())}, sizes, data)
+    data = data[ranks.rank() :: ranks.count()]
+    if not data:
+        raise StatsError(f"There are fewer batches than processes ({ranks.count()}): pass more of them.")
+    output = Output(out, model, {t.name: t for t in selection.targets})
+    with model.ending_before_the_head():
+        journal = output.journal(key) or _begin(model, output, key, consumers, data)
+        if not journal.shares:
+            layers = _layers(model, selection.targets, pattern, journal, consumers, data, output)
+            journal.shares = shares_of(layers, allocation, sparsity)
+            output.keep(journal)
+        job = Job(solver, pattern, journal.shares, correction, model.stored())
+        plan = _Plan(model, selection, consumers, data, job, pattern, settings)
+        states = _solve(plan, journal, output, reconstruct, spill, started)
+    report = _report(plan, journal, output, states)
+    output.finish(report)
+    return report
+
+
+def _begin(
+    model: Source, output: Output, key: str, consumers: Sequence[Consumer], data: Sequence[Batch]
+) -> Journal:
+    """The chain of blocks, checked; nothing is written before."""
+    example = data[0].part(0, 1) if data[0].size > 1 else data[0]
+    chain, limit, why = enterable(model.model, consumers, example, model)
+    names = {n: b for n, b in model.blocks_of.items() if b is not None}
+    outside = [c.name for c in consumers if names.get(c.name) not in (None, *chain.blocks)]
+    if limit < len(chain.blocks) - 1 or not chain.blocks or outside:
+        what = why or (f"{outside[0]} is in no block that runs once" if outside else "it has no list of blocks")
+        raise StatsError(
+            f"{type(model.model).__name__} cannot be run block by block, since {what}: load it with load_hf "
+            "and prune it in memory with prune_."
+        )
+    journal = Journal(key, list(chain.blocks), list(chain.follows), dict(chain.before))
+    output.start()
+    output.keep(journal)
+    return journal
+
+
+def _blocks_only(model: Source, selection: Selection) -> Selection:
+    """Without the parameters of the head, which is never read."""
+    for t in selection.targets:
+        if t.name in model.head:
+            raise SecateurError(f"{t.name} is the output head, which is not read block by block.")
+    return selection
+
+
+def _layers(
+    model: Source,
+    targets: Sequence[Target],
+    pattern: Pattern,
+    journal: Journal,
+    consumers: Sequence[Consumer],
+    data: Sequence[Batch],
+    output: Output,
+) -> list[Layer]:
+    """Layers for the allocation; scores are Wanda's, of one walk of the dense model when first asked for."""
+    found: dict[str, Tensor] = {}
+
+    def layer(t: Target) -> Layer:
+        def matrix() -> Tensor:
+            return t.layout.matrix(model.weight(t.name))
+
+        def scores() -> Tensor:
+            if not found:
+                walk = Walk(model.model, journal.chain, data, States())
+                found.update(input_norms(walk, model, consumers))
+            return matrix().abs() * found[t.name]
+
+        return Layer(t.name, t.shape, t.weight.shape, pattern, matrix, scores)
+
+    return [layer(t) for t in targets]
+
+
+def _solve(
+    plan: _Plan,
+    journal: Journal,
+    output: Output,
+    reconstruct: Reconstruct | None,
+    spill: int,
+    started: float,
+) -> States:
+    """All blocks that are not done; the states of the pruned model."""
+    model, chain, n = plan.source, journal.chain, len(plan.data)
+    twin = plan.job.correction is not None or reconstruct is not None
+    folders = [output.states / f"{name}-{ranks.rank()}" for name in ("pruned", "dense")[: 1 + twin]]
+    walks = [Walk(model.model, chain, plan.data, States(folder, spill // (1 + twin))) for folder in folders]
+    for walk in walks:
+        walk.states.resume(chain.last_before(journal.next), n)
+        walk.done = journal.next
+    targets = {t.name: t for t in plan.selection.targets}
+    before = journal.seconds
+
+    def finished(block: int, done: dict[str, Done]) -> None:
+        output.write({name: one.keep for name, one in done.items()})
+        for name, one in done.items():
+            removed = one.keep.numel() - int(one.keep.count_nonzero())
+            zeros = int((targets[name].weight == 0).count_nonzero())
+            were = int((model.weight(name) == 0).count_nonzero())
+            journal.layers[name] = Solved(removed, zeros, were, one.error, list(one.notes))
+        journal.next = block + 1
+        journal.seconds = before + time.perf_counter() - started
+        output.keep(journal)
+        for walk in walks:
+            walk.states.settle()
+
+    groups = segments(chain, len(chain.blocks), plan.consumers)
+    if journal.next <= max(groups):
+        solve_all_(
+            plan.job,
+            walks[0],
+            walks[1] if twin else None,
+            groups,
+            targets,
+            len(chain.blocks),
+            reconstruct,
+            model,
+            finished,
+        )
+    return walks[0].states
+
+
+def _report(plan: _Plan, journal: Journal, output: Output, states: States) -> Report:
+    records = []
+    for t in plan.selection.targets:
+        one = journal.layers[t.name]
+        shape = tuple(t.weight.shape)
+        records.append(LayerRecord(t.name, shape, journal.shares[t.name], one.removed, one.zeros, one.error))
+    before, after = _measurements(plan.source, journal)
+    notes = [f"{name}: {note}" for name, one in journal.layers.items() for note in one.notes]
+    notes.append(
+        "Zeros in dense tensors: files and dense kernels do not get smaller or faster by themselves."
+    )
+    block = max(plan.source.read.values(), default=0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    notes.append(
+        f"Pruned block by block: the largest block has {block / 1e6:,.0f} MB in float32, hidden states took up "
+        f"to {states.peak / 1e6:,.0f} MB of memory, the process {peak / 1e6:,.0f} MB at its peak."
+    )
+    return Report(
+        plan.settings,
+        tuple(records),
+        plan.selection.skipped,
+        before,
+        after,
+        tuple(notes),
+        {"pruning": journal.seconds},
+        Masks({}),
+    )
+
+
+def _measurements(source: Source, journal: Journal) -> tuple[Measurement, Measurement]:
+    """Costs before and after, from one pass over the files of the source."""
+    parameters = alive = dense = packed = alive_after = packed_after = 0
+    by_key = {source.keys[n]: n for n in source.blocks_of}
+    for key, name in by_key.items():
+        entry = source.shards.entry(key)
+        size, width = entry.bytes // entry.dtype.itemsize, entry.dtype.itemsize
+        one = journal.layers.get(name)
+        zeros = one.were_zero if one else int((source.shards.read(key) == 0).count_nonzero())
+        parameters += size
+        dense += size * width
+        alive += size - zeros
+        packed += packed_size(size, size - zeros, width)
+        left = one.zeros if one else zeros
+        alive_after += size - left
+        packed_after += packed_size(size, size - left, width)
+    return (
+        Measurement(parameters, alive, dense, packed),
+        Measurement(parameters, alive_after, dense, packed_after),
+    )

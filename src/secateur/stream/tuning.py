@@ -1,0 +1,126 @@
+"""Block reconstruction: kept weights tuned so that a pruned block hands on what the dense model does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.core.errors import SecateurError
+from secateur.core.names import Target
+from secateur.reconstruct.order import measuring
+from secateur.stream.solving import Job
+from secateur.stream.walk import Walk
+
+_HELD_OUT = 8  # one batch in so many tells when to stop
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    r"""A few epochs of Adam on the kept weights of each block once its layers are pruned, masks held.
+
+    $$ \min_{W \odot M} \sum_b \lVert f_W(z_b) - f_{W_0}(x_b) \rVert^2 $$
+
+    with $x$ what the dense model passes on to the block and $z$ what the pruned one does, so that a block
+    makes up for what was lost before it. One batch in eight is held out: the epoch that is best on these is
+    kept, or the weights as the solver left them.
+
+    Args:
+        epochs: passes over the batches.
+        rate: of Adam, relative to the root mean square of a layer's kept weights; falls to 0 by a cosine.
+        seed: of the order of batches.
+
+    Reference: Makni et al. 2025, 3BASiL, "transformer matching" (there towards the block's output on its own
+    inputs); A free lunch in LLM compression, 2025, compares what to reconstruct.
+    """
+
+    epochs: int = 4
+    rate: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.rate > 0:
+            raise SecateurError(f"{self}: epochs are at least 1 and the rate is above 0.")
+
+
+def reconstruct_(
+    walk: Walk, dense: Walk, masks: Mapping[Target, Tensor], settings: Reconstruct, job: Job
+) -> float:
+    """Tune the block behind those that are done, in place.
+
+    Args:
+        walk: of the pruned model.
+        dense: that of the dense one, a block further.
+        masks: of the targets in the block, `[out, in]`.
+        settings: of the optimizer.
+        job: says in which types the weights will be stored.
+
+    Returns the loss on held-out batches after over before; 1 if nothing was better.
+    """
+    keep = {t: t.layout.restore(m, t.weight.shape) for t, m in masks.items()}
+    batches = range(len(walk.data))
+    held_out = [i for i in batches if i % _HELD_OUT == _HELD_OUT - 1]
+    training = [i for i in batches if i not in held_out] if held_out else list(batches)
+    groups = [{"params": [t.weight], "lr": settings.rate * _size(t.weight, keep[t])} for t in masks]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    steps = settings.epochs * len(training)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps))
+    generator = torch.Generator().manual_seed(settings.seed)
+    with measuring(walk.model), _training(walk.model, [t.weight for t in masks]):
+        first = best = _loss(walk, dense, held_out or training)
+        kept = [t.weight.detach().clone() for t in masks]
+        for _ in range(settings.epochs):
+            for k in torch.randperm(len(training), generator=generator).tolist():
+                with torch.enable_grad():
+                    _distance(walk, dense, training[k]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                for t in masks:
+                    t.weight.mul_(keep[t])
+            if (now := _loss(walk, dense, held_out or training)) < best:
+                best, kept = now, [t.weight.detach().clone() for t in masks]
+        for t, weight in zip(masks, kept, strict=True):
+            t.weight.copy_(job.rounded(t.name, weight))
+    return best / max(first, torch.finfo(torch.float64).tiny)
+
+
+def _size(weight: Tensor, keep: Tensor) -> float:
+    return float(weight.detach().float().square().sum().div(max(1, int(keep.sum()))).sqrt())
+
+
+def _loss(walk: Walk, dense: Walk, batches: Sequence[int]) -> float:
+    return math.fsum(float(_distance(walk, dense, i)) for i in batches) / len(batches)
+
+
+def _distance(walk: Walk, dense: Walk, i: int) -> Tensor:
+    """Mean square of what the block is off, over that of what it should return."""
+    wanted = _hidden(dense.states.get(walk.done, i)).float()
+    got = _hidden(walk.run(i, walk.done + 1)).float()
+    return (got - wanted).square().mean() / wanted.square().mean()
+
+
+def _hidden(tree: object) -> Tensor:
+    return next(x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point())
+
+
+@contextmanager
+def _training(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+    """While this holds, these and no other parameters have gradients."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in wanted:
+        p.requires_grad_(False)
+    for w in weights:
+        w.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, before in wanted:
+            p.requires_grad_(before)
+            if not before:
+                p.grad = None
