@@ -42,6 +42,20 @@ def test_huggingface(tmp_path: Path, data_root: Path) -> None:
     assert "Once upon a time" in printed
 
 
+@pytest.mark.realdata("stories260k", "tinystories")
+def test_sparse_finetune(tmp_path: Path, data_root: Path) -> None:
+    texts = json.loads((data_root / "tinystories" / "stories.json").read_text())
+    (tmp_path / "texts.json").write_text(json.dumps(texts[:150]))
+    printed = run(tmp_path, "sparse_finetune.py", data_root / "stories260k", "texts.json", 16)
+    figures = [float(line.split()[-1]) for line in printed.splitlines()[:7]]
+    dense, pruned, tuned, held, held_merged, free, free_merged = figures
+    assert dense < tuned < 0.5 * pruned and held < 0.5 * pruned
+    assert held_merged == pytest.approx(held, rel=1e-3)  # what was trained is what is merged
+    assert free < held and free_merged > 1.2 * held
+    assert "of their power lay on pruned weights and is lost" in printed
+    assert (tmp_path / "tuned" / "masks.safetensors").is_file()
+
+
 def test_shrink_digits(tmp_path: Path) -> None:
     printed = run(tmp_path, "shrink_digits.py")
     figures = dict(

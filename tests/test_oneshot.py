@@ -215,11 +215,32 @@ def test_layers_out_of_reach_are_refused_by_name() -> None:
     model, data = model_and_data()
     model.add_module("idle", nn.Linear(16, 16))
     model.forward = lambda x: model[:4](x)  # type: ignore[method-assign]
-    with pytest.raises(sc.StatsError, match=r"No batch reaches .*\.weight"):
+    with pytest.raises(sc.StatsError, match=r"idle\.weight, its module is not called"):
         sc.prune_(model, sc.SparseGPT(), 0.5, batches=data, where=sc.Where(also="idle.weight"))
     gru = nn.Sequential(nn.GRU(4, 4, batch_first=True))
-    with pytest.raises(sc.StatsError, match="cannot see the inputs of"):
+    with pytest.raises(sc.SelectionError, match="none of the selected weights"):
         sc.prune_(gru, sc.SparseGPT(), 0.5, batches=[torch.randn(2, 3, 4)])
+
+
+def test_layers_that_are_not_called_are_left_alone_with_the_reason() -> None:
+    model, data = model_and_data()
+    head = model[3]
+    model[3] = Idle(16, head)
+    report = sc.prune_(model, sc.SparseGPT(), 0.5, batches=data)
+    assert any("not called" in why for name, why in report.skipped if name == "3.idle.weight")
+    assert bool((model[3].idle.weight != 0).all())
+
+
+class Idle(nn.Module):
+    """One layer is called, the other's weight is not used."""
+
+    def __init__(self, width: int, head: nn.Module) -> None:
+        super().__init__()
+        self.idle = nn.Linear(width, width)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
 
 
 def test_a_failure_half_way_is_undone() -> None:

@@ -203,10 +203,8 @@ def test_a_tensor_of_any_strides_is_written(source):
     for new in (torch.randn(90, 90).T.requires_grad_(), torch.ones(()).expand(90, 90)):
         shards.write("c", new)
         assert torch.equal(shards.read("c"), new)
-    save_file({"none": torch.zeros(0, 3)}, source / WEIGHTS)
-    none = torch.from_numpy(np.empty((0, 3), np.float32))
-    assert none.stride() != torch.zeros(0, 3).stride()
-    Shards.open(source).write("none", none)
+    save_file({"none": torch.zeros(0)}, source / WEIGHTS)
+    Shards.open(source).write("none", torch.zeros(0).as_strided((0,), (0,)))
 
 
 def test_what_does_not_fit_is_not_written(source):
@@ -251,12 +249,13 @@ def test_what_a_killed_copy_leaves_is_removed(source, target):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_link_to_the_source_is_no_copy(link, source, target):
-    link(source / "part-1.safetensors", target / "part-1.safetensors")
-    before = contents(source)
+def test_what_is_written_does_not_follow_links(link, source, target):
+    cache = source if link is os.link else Path(shutil.copytree(source, source.parent / "cache"))
+    link(cache / "part-1.safetensors", target / "part-1.safetensors")
+    before = contents(cache)
     copies = Shards.open(source).copy_files(target, resume=True)
     copies.write("c", torch.zeros(90, 90))
-    assert contents(source) == before and not copies.read("c").any()
+    assert contents(cache) == before and not copies.read("c").any()
 
 
 def test_targets_that_would_mislead_are_refused(source, target):
@@ -450,6 +449,7 @@ def changed(name: str, **fields: object) -> dict[str, object]:
         (with_header(SOUND, bytes(31)), "truncated"),
         (with_header(SOUND, bytes(33)), "1 bytes follow"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_unsound_header_is_refused_and_its_file_named(content, message, tmp_path):
     (tmp_path / WEIGHTS).write_bytes(content)
@@ -507,6 +507,7 @@ def test_headers_of_any_json(header, data):
     ("index", "message"),
     [
         ({"a": 0, "c": 1}, "part-0.safetensors holds b, which .* does not list"),
+        ({"a": 0, "b": 1, "c": 1}, "lists 'b' in part-1.safetensors, which does not hold it"),
         ({"a": 0, "b": 0, "c": 0}, "lists 'c' in part-0.safetensors, which does not hold it"),
         ({"a": 0, "b": 0, "c": 1, "d": 1}, "lists 'd' in part-1.safetensors, which does not hold it"),
         ({"a": 0, "b": 0, "c": 1, "d": 2}, "part-2.safetensors is missing"),

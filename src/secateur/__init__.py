@@ -20,6 +20,7 @@ from secateur.allocation import (
 from secateur.artifacts import load, load_hf, save
 from secateur.batchnorm import reestimate_batchnorm_
 from secateur.budget import Budget
+from secateur.checkpoint import prune_checkpoint
 from secateur.collect import Collected, collect
 from secateur.core.errors import (
     ArtifactError,
@@ -99,6 +100,7 @@ from secateur.stats import (
     RowTaylorSquare,
     SynapticFlow,
 )
+from secateur.stream.tuning import Reconstruct
 from secateur.surgery import Applied, Cuts, Plan, Surgery, replay_
 
 __version__ = "0.1.0"
@@ -172,6 +174,7 @@ __all__ = [
     "QuantizeReport",
     "Quantized",
     "Random",
+    "Reconstruct",
     "RepairReport",
     "Report",
     "RowTaylorSquare",
@@ -221,6 +224,7 @@ __all__ = [
     "merge_lora_",
     "owl",
     "prune_",
+    "prune_checkpoint",
     "quantize_",
     "reestimate_batchnorm_",
     "repair_",

@@ -95,7 +95,7 @@ def save(
         surgery = _surgery_of(report)
     steps = as_steps(surgery)
     refuse_other_surgery(model, steps)
-    companions = list(companions(Path(source))) if source is not None else []
+    beside = list(companions(Path(source))) if source is not None else []
     pretrained = is_pretrained(model)
     with written_at_once(folder) as new:
         if pretrained:
@@ -103,7 +103,7 @@ def save(
         else:
             refuse_unsavable(model)
             write_tensors(model, new / WEIGHTS)
-        for path in companions:
+        for path in beside:
             shutil.copyfile(path, new / path.name)
         if masks is not None:
             masks.save(new / MASKS)

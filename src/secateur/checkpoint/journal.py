@@ -88,8 +88,8 @@ class Journal:
         data = read_json(path)
         if data.pop("format", None) != _FORMAT or data.get("key") != key:
             raise ArtifactError(
-                f"{folder.parent} holds an unfinished run with other settings, data, files or versions: remove "
-                f"{folder} to begin anew, or choose another folder."
+                f"{folder.parent} holds an unfinished run with other settings, data, files or versions: "
+                f"remove {folder} to begin anew, or choose another folder."
             )
         try:
             layers = {name: Solved(**one) for name, one in data.pop("layers").items()}

@@ -1,4 +1,4 @@
-"""The folder that a run fills: shards overwritten in place, masks, the journal; visible at the end, at once."""
+"""The folder that a run fills: shards overwritten in place, masks, a journal; visible at the end."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _RUN = ".secateur-run"
 
 
 class Output:
-    """Where a pruned checkpoint comes to be: a folder inside `out`, of which the first process writes all files.
+    """Where a pruned checkpoint comes to be: a folder inside `out`, written by the first process alone.
 
     Raises `ArtifactError` if `out` holds something else than an artifact or an unfinished run.
     """
 
-    def __init__(self, out: Path, source: Source, targets: Mapping[str, Target]) -> None:
+    def __init__(self, out: Path, source: Source) -> None:
         refuse_foreign(out)
-        self.out, self.source, self.targets = out, source, targets
+        self.out, self.source = out, source
+        self.targets: dict[str, Target] = {}  # set before a run is started
         self.folder = out / _RUN
         self.states = self.folder / "states"
         self._shards: Shards | None = None
@@ -42,10 +43,7 @@ class Output:
 
     def journal(self, key: str) -> Journal | None:
         """That of a run that was killed, if there is one."""
-        found = Journal.read(self.folder, key)
-        if found is not None:
-            self._open(resume=True)
-        return found
+        return Journal.read(self.folder, key)
 
     def start(self) -> None:
         """Lay out the files of a new run: copies of the source's, and masks."""
@@ -54,6 +52,10 @@ class Output:
             self.folder.mkdir(parents=True)
         ranks.wait()
         self._open(resume=False)
+
+    def resume(self) -> None:
+        """Take up the files of the run that was killed."""
+        self._open(resume=True)
 
     def keep(self, journal: Journal) -> None:
         """Put on the disk that a block is finished; all it needs is there already."""

@@ -27,15 +27,17 @@ from secateur.masks import Masks
 from secateur.measure import Measurement, packed_size
 from secateur.patterns import Pattern, Unstructured
 from secateur.prune import refuse_class, shares_of
-from secateur.reconstruct.consumers import Consumer, consumers_of
+from secateur.reconstruct.consumers import Consumer
+from secateur.reconstruct.passes import Chain
 from secateur.record import LayerRecord, Report
 from secateur.solvers import Select, Solver
 from secateur.stream import ranks
+from secateur.stream.choose import called, route_of, visible
 from secateur.stream.sequence import segments, solve_all_
 from secateur.stream.solving import Done, Job
 from secateur.stream.states import States
 from secateur.stream.tuning import Reconstruct
-from secateur.stream.walk import Walk, enterable
+from secateur.stream.walk import Walk
 
 _GB = 1 << 30
 
@@ -113,10 +115,10 @@ def prune_checkpoint(
         raise ArtifactError(f"{out} is the model's own folder: choose another, the original is kept.")
     pattern = pattern or Unstructured()
     model = Source(source)
-    selection = _blocks_only(model, select(model.model, where, valueless=True))
-    consumers, reasons = consumers_of(model.model, [t.name for t in selection.targets])
-    for name, reason in reasons.items():
-        raise StatsError(f"{solver} cannot see the inputs of {name}, {reason}: exclude it with where=.")
+    selection, consumers = visible(model.model, select(model.model, where, valueless=True), solver, where)
+    for t in selection.targets:
+        if t.name in model.head or t.name not in model.keys:
+            raise SecateurError(f"{t.name} is the output head, which is not read block by block.")
     for t in selection.targets:
         pattern.check(t.shape, t.run, t.name)
     data = list(as_batches(batches, torch.device("cpu"), f"{solver} fits weights to data"))
@@ -134,9 +136,18 @@ def prune_checkpoint(
     data = data[ranks.rank() :: ranks.count()]
     if not data:
         raise StatsError(f"There are fewer batches than processes ({ranks.count()}): pass more of them.")
-    output = Output(out, model, {t.name: t for t in selection.targets})
+    output = Output(out, model)
     with model.ending_before_the_head():
-        journal = output.journal(key) or _begin(model, output, key, consumers, data)
+        journal = output.journal(key)
+        chain = journal.chain if journal else _chain(model, consumers, data)
+        selection, consumers = called(selection, consumers, chain, solver, where)
+        output.targets.update({t.name: t for t in selection.targets})
+        if journal is None:
+            journal = Journal(key, list(chain.blocks), list(chain.follows), dict(chain.before))
+            output.start()
+            output.keep(journal)
+        else:
+            output.resume()
         if not journal.shares:
             layers = _layers(model, selection.targets, pattern, journal, consumers, data, output)
             journal.shares = shares_of(layers, allocation, sparsity)
@@ -149,32 +160,20 @@ def prune_checkpoint(
     return report
 
 
-def _begin(
-    model: Source, output: Output, key: str, consumers: Sequence[Consumer], data: Sequence[Batch]
-) -> Journal:
+def _chain(model: Source, consumers: Sequence[Consumer], data: Sequence[Batch]) -> Chain:
     """The chain of blocks, checked; nothing is written before."""
-    example = data[0].part(0, 1) if data[0].size > 1 else data[0]
-    chain, limit, why = enterable(model.model, consumers, example, model)
-    names = {n: b for n, b in model.blocks_of.items() if b is not None}
-    outside = [c.name for c in consumers if names.get(c.name) not in (None, *chain.blocks)]
-    if limit < len(chain.blocks) - 1 or not chain.blocks or outside:
-        what = why or (f"{outside[0]} is in no block that runs once" if outside else "it has no list of blocks")
+    route = route_of(model.model, consumers, data, model)
+    blocks = route.chain.blocks
+    outside = [c.name for c in consumers if model.blocks_of[c.name] not in (None, *blocks)]
+    why = route.why if route.limit < max(1, len(blocks) - 1) else None
+    if why is None and outside:
+        why = f"{outside[0]} is in no block that runs once"
+    if why is not None:
         raise StatsError(
-            f"{type(model.model).__name__} cannot be run block by block, since {what}: load it with load_hf "
-            "and prune it in memory with prune_."
+            f"{type(model.model).__name__} cannot be run block by block: {why.rstrip('.')}. Load it with "
+            "load_hf and prune it in memory with prune_."
         )
-    journal = Journal(key, list(chain.blocks), list(chain.follows), dict(chain.before))
-    output.start()
-    output.keep(journal)
-    return journal
-
-
-def _blocks_only(model: Source, selection: Selection) -> Selection:
-    """Without the parameters of the head, which is never read."""
-    for t in selection.targets:
-        if t.name in model.head:
-            raise SecateurError(f"{t.name} is the output head, which is not read block by block.")
-    return selection
+    return route.chain
 
 
 def _layers(
@@ -266,8 +265,8 @@ def _report(plan: _Plan, journal: Journal, output: Output, states: States) -> Re
     block = max(plan.source.read.values(), default=0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     notes.append(
-        f"Pruned block by block: the largest block has {block / 1e6:,.0f} MB in float32, hidden states took up "
-        f"to {states.peak / 1e6:,.0f} MB of memory, the process {peak / 1e6:,.0f} MB at its peak."
+        f"Pruned block by block: the largest block has {block / 1e6:,.0f} MB in float32, hidden states took "
+        f"up to {states.peak / 1e6:,.0f} MB of memory, the process {peak / 1e6:,.0f} MB at its peak."
     )
     return Report(
         plan.settings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _keys(model: Any, shards: Shards, folder: Path) -> dict[str, str]:
 
     Raises `ArtifactError` where a parameter has none of its own.
     """
-    state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -177,10 +177,10 @@ def _names(order: Order) -> list[list[str]]:
 def _unseen(order: Order, consumers: Sequence[Consumer], solver: Solver) -> list[Consumer]:
     """Experts that no token reaches; raise `StatsError` for any other layer that is not called."""
     reached = {c.name for stage in order.stages for c in stage}
-    kinds = {_kind(name) for name in reached}
+    kinds = {kind_of(name) for name in reached}
     missing = [c for c in consumers if c.name not in reached]
     for c in missing:
-        if _kind(c.name) == c.name or _kind(c.name) not in kinds:
+        if kind_of(c.name) == c.name or kind_of(c.name) not in kinds:
             raise StatsError(
                 f"No batch reaches {c.name}, so {solver} cannot fit it to anything: exclude it with "
                 "where=Where(exclude=...), or prune by a criterion"
@@ -189,7 +189,7 @@ def _unseen(order: Order, consumers: Sequence[Consumer], solver: Solver) -> list
     return missing
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """A name without the last of its numbers: that of an expert among its siblings."""
     return re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name)
 
@@ -198,7 +198,7 @@ def _together(order: Order, walk: Walk, targets: Mapping[str, Target]) -> list[l
     """Stages to measure in one pass: one by one, but experts all at once."""
     kinds: dict[tuple[str, ...], list[Stage]] = {}
     for stage in order.stages:
-        kinds.setdefault(tuple(_kind(c.name) for c in stage), []).append(stage)
+        kinds.setdefault(tuple(kind_of(c.name) for c in stage), []).append(stage)
     found: list[list[Stage]] = []
     for stages in kinds.values():
         if len(stages) > 1 and _independent(walk, stages):

@@ -69,7 +69,9 @@ def reconstruct_(
     groups = [{"params": [t.weight], "lr": settings.rate * _size(t.weight, keep[t])} for t in masks]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     steps = settings.epochs * len(training)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps)
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     with measuring(walk.model), _training(walk.model, [t.weight for t in masks]):
         first = best = _loss(walk, dense, held_out or training)

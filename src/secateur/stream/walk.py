@@ -53,7 +53,11 @@ class Walk:
     def data_device(self) -> torch.device:
         """Where the batches are."""
         return next(
-            (x.device for x in tree_leaves((self.data[0].args, self.data[0].kwargs)) if isinstance(x, Tensor)),
+            (
+                x.device
+                for x in tree_leaves((self.data[0].args, self.data[0].kwargs))
+                if isinstance(x, Tensor)
+            ),
             torch.device("cpu"),
         )
 
@@ -147,21 +151,27 @@ def enterable(
             with _noting(model, consumers, heard, (block,)):
                 walk.advance(n, weights)
         except Exception as error:  # whatever a model does with answers that it does not expect
-            return chain, max(n - 2, 0), f"{block} fails when it is run alone: {_first_line(error)}"
+            return chain, max(n - 2, 0), f"{block} fails when it is run alone: {first_line(error)}"
         for name in heard:
             if not _alike(heard[name], plain.get(name, [])):
                 return chain, max(n - 2, 0), f"{name} is given something else when all blocks before are done"
+    if not chain.blocks:
+        return chain, 0, "it has no list of blocks that run once each"
     heard = {}
-    with _noting(model, consumers, heard, ()), measuring(model):
-        walk.run(0)
+    try:
+        with _noting(model, consumers, heard, ()), measuring(model):
+            walk.run(0)
+    except Exception as error:
+        return chain, len(chain.blocks) - 1, f"it fails when all blocks are done: {first_line(error)}"
     for name in heard:
         if not _alike(heard[name], plain.get(name, [])):
             return chain, len(chain.blocks) - 1, f"{name} is given something else when all blocks are done"
     return chain, len(chain.blocks), None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """The first line of an error, as a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
 
 
 @contextmanager
@@ -195,6 +205,7 @@ def _noting(
     blocks: Sequence[str] | None = None,
 ) -> Iterator[None]:
     """While this holds, note prints of what blocks return and consumers take in."""
+
     def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
         notes.setdefault(consumer.name, []).append(_print(x))
 

@@ -52,7 +52,9 @@ def vocabulary(model: nn.Module) -> int | None:
 def check_tokens(name: str, ids: Sequence[int], model: nn.Module) -> None:
     """Refuse tokens that the model does not know, which would be read from beyond its table."""
     size = vocabulary(model)
-    for token in (min(ids), max(ids)) if size is not None and ids else ():
+    if size is None or not ids:
+        return
+    for token in (min(ids), max(ids)):
         if not 0 <= token < size:
             raise SecateurError(f"{name} has the token {token}, but the model knows {size}.")
 

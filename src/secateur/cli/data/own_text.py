@@ -19,7 +19,7 @@ from secateur.core.modes import evaluation
 from secateur.progress import track
 
 SELF = Path("self")  # what stands for a data file
-_BATCH = 8
+_BATCH = 16
 
 
 def own_text(model: Any, task: str, cut: Cut) -> Data:

@@ -82,12 +82,12 @@ def _parts(path: Path, splits: Any) -> list[Path]:
 
 @contextmanager
 def _without_bars(datasets: Any) -> Iterator[None]:
-    shown = datasets.is_progress_bar_enabled()
+    hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if not hidden:
             datasets.enable_progress_bars()
 
 
