@@ -19,7 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,33 @@ class Theirs:
         return Solved.of(pruned, pruned != 0, weight, objective)
 
 
-def solvers(authors: Authors | None) -> dict[str, Solver]:
+@dataclass(frozen=True)
+class Method:
+    """A solver and how it is driven."""
+
+    solver: Solver
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+TUNED = {"correction": 0.01, "reconstruct": sc.Reconstruct(epochs=6, rate=0.02)}
+
+
+def methods(authors: Authors | None) -> dict[str, Method]:
     """Every method; magnitude and Wanda in the same sequential driver, weights as they were."""
-    ours: dict[str, Solver] = {
-        "magnitude": sc.Select(sc.Magnitude(), steps=0),
-        "wanda": sc.Select(sc.Wanda(), steps=0),
-        "wanda, fitted": sc.Select(sc.Wanda()),
-        "sparsegpt": sc.SparseGPT(),
-        "alps": sc.ALPS(),
+    ours = {
+        "magnitude": Method(sc.Select(sc.Magnitude(), steps=0)),
+        "wanda": Method(sc.Select(sc.Wanda(), steps=0)),
+        "wanda, fitted": Method(sc.Select(sc.Wanda())),
+        "sparsegpt": Method(sc.SparseGPT()),
+        "alps": Method(sc.ALPS()),
+        "alps, corrected": Method(sc.ALPS(), {"correction": 0.01}),
+        "alps, corrected, reconstructed": Method(sc.ALPS(), TUNED),
     }
     if authors is None:
         return ours
     return ours | {
-        "sparsegpt, authors": Theirs("sparsegpt", authors.prune_sparsegpt),
-        "alps, authors": Theirs("alps", authors.prune_alps),
+        "sparsegpt, authors": Method(Theirs("sparsegpt", authors.prune_sparsegpt)),
+        "alps, authors": Method(Theirs("alps", authors.prune_alps)),
     }
 
 
@@ -91,7 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     both = arguments.sparsegpt and arguments.alps
-    found = solvers(Authors.of(arguments.sparsegpt, arguments.alps) if both else None)
+    found = methods(Authors.of(arguments.sparsegpt, arguments.alps) if both else None)
     done = {(r["cell"], r["method"], r["samples"]) for r in _rows()}
     if ("dense", "dense", 0) not in done:
         _write(
@@ -105,14 +118,15 @@ def main() -> None:
     write_table()
 
 
-def run(solver: Solver, pattern: Pattern, sparsity: float, samples: int) -> dict[str, float]:
+def run(method: Method, pattern: Pattern, sparsity: float, samples: int) -> dict[str, float]:
     """Prune a fresh model; perplexity, layer errors and time."""
     model = realdata.smollm2()
     windows = [ids for ids, _ in realdata.calibration("wikitext2", samples + HELD_OUT, 1)]
     dense = {n: p.detach().clone() for n, p in model.named_parameters()}
     started = time.perf_counter()
-    where = sc.Where()
-    report = sc.prune_(model, solver, sparsity, pattern=pattern, where=where, batches=windows[:samples])
+    report = sc.prune_(
+        model, method.solver, sparsity, pattern=pattern, batches=windows[:samples], **method.options
+    )
     seconds = time.perf_counter() - started
     return {
         "perplexity": _perplexity(model),
@@ -189,12 +203,6 @@ def write_table() -> None:
             ]
             lines.append(f"| {method} | " + " | ".join(texts) + " |")
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _text(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "—"
-    return f"{row['perplexity']:.2f} ({row['error']:.4f} / {row['held_out']:.4f})"
 
 
 if __name__ == "__main__":
