@@ -1,10 +1,10 @@
-"""Block by block or whole: whether every model of the zoo gives the same when it is entered behind its blocks.
+"""Block by block or whole: whether models of the zoo give the same when they are entered behind their blocks.
 
     python -m benchmarks.blocks [--family transformers] [--only NAME ...] [--jobs 2] [--again]
                                 [--out benchmarks/results/blocks.jsonl]
 
-For each model: the chain of its blocks and behind how many of them it may be entered (`enterable`); then, told
-by other means, the output of the whole model against its output with the first 1, 2, ... blocks answered by
+For each model: the chain of its blocks and behind how many of them it may be entered (`enterable`); then,
+told by other means, the output of the whole model against its output with the first 1, 2, ... blocks answered by
 what they returned (largest difference, relative to the output's spread); then pruned by SparseGPT to 50 %,
 sparsity counted, layers that cannot be solved left out with the reason. Each model has a process of its own,
 one thread and 180 seconds. Written beside the results: `blocks.md`.

@@ -101,6 +101,9 @@ def test_the_model_that_is_trained_is_the_one_that_is_merged(settings: dict, dty
     with sc.hold_lora(model, masks):
         model.eval()
         torch.testing.assert_close(model(x), start(x), **tolerance)
+        for name, p in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                nn.init.normal_(p)
         train(model)
         trained = model(x)
         assert (trained - start(x)).abs().max() > 0.2
@@ -205,6 +208,15 @@ def test_masks_that_keep_everything_leave_peft_as_it_is() -> None:
     with sc.hold_lora(model, masks):
         torch.testing.assert_close(model(x), plain)
     assert torch.equal(sc.merge_lora_(model, masks).model(x), theirs(x))
+
+
+def test_weights_that_the_masks_remove_go_wherever_they_come_from() -> None:
+    torch.manual_seed(0)
+    base = Net()
+    masks = sc.prune_(copy.deepcopy(base), sc.Magnitude(), 0.5).masks  # never applied to the base itself
+    merged = sc.merge_lora_(with_lora(base), masks)
+    masks.check(merged.model)
+    assert merged.model.first.weight[masks["first.weight"]].all()
 
 
 def test_several_adapters_and_only_the_active_ones() -> None:
@@ -416,6 +428,10 @@ def test_adapters_that_cannot_be_merged_under_a_mask() -> None:
     empty.apply_(base)
     model = with_lora(base, use_dora=True)
     unchanged(model, empty, LoraError, r"norms of the rows of first\.weight, one of which has no weight left")
+    column = sc.Masks({**masks, "second.weight": masks["second.weight"] & (torch.arange(16) != 7)})
+    unchanged(
+        model, column, LoraError, r"norms of the rows of second\.weight, one of which has no weight left"
+    )
     base, masks = pruned()
     model = with_lora(base)
     model.merge_adapter()

@@ -629,6 +629,13 @@ def test_what_is_no_mask_file_is_not_continued(tmp_path):
         path.write_bytes(with_header({"__metadata__": meta, "w": file}, b"\0"))
         with pytest.raises(ArtifactError, match="make it anew"):
             MaskFile.open(path)
+    # Longer or shorter than a checksum, which would move the data when it is entered.
+    for digest in ("", "0" * 63, "0" * 72, '"' * 64):
+        meta = {"format": "secateur-masks-1", "sha256": digest, "shapes": '{"w": [3]}'}
+        text = json.dumps({"__metadata__": meta, "w": file}, separators=(",", ":")).encode()
+        path.write_bytes(with_header(text + b" " * (-len(text) % 8), b"\0"))
+        with pytest.raises(ArtifactError, match="make it anew"):
+            MaskFile.open(path)
 
 
 @settings(max_examples=80)

@@ -103,8 +103,8 @@ def prune_(
         raise SecateurError("rounds is at least 1, and several rounds need a sparsity to go to.")
     pattern = pattern or Unstructured()
     model = unwrap(model)
-    selection = select(model, where)
     solver = None if isinstance(criterion, Criterion) else criterion
+    selection = select(model, where, experts=solver is not None)
     check_targets(selection.targets, pattern)
     if solver is None and (correction is not None or reconstruct is not None):
         raise SecateurError("correction and reconstruct fit weights, which only a solver does.")

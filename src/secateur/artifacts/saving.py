@@ -25,7 +25,7 @@ from secateur.record import Report
 from secateur.shrunk import ShrinkReport
 from secateur.surgery import Cuts
 
-_REPORT = "report.json"
+REPORT = "report.json"
 # What a tokenizer or a preprocessor is made of. Never code: the patterns name data files only.
 _COMPANIONS = (
     "tokenizer*.json",
@@ -124,7 +124,7 @@ def save(
 def write_report(report: Report | ShrinkReport | DropReport, folder: Path) -> None:
     """Write `report.json`, without the surgery, which has its own file."""
     data = {k: v for k, v in report.to_dict().items() if k not in ("surgery", "record")}
-    write_text(folder / _REPORT, json.dumps(data, indent=1) + "\n")
+    write_text(folder / REPORT, json.dumps(data, indent=1) + "\n")
 
 
 def _surgery_of(report: Report | ShrinkReport | DropReport | None) -> tuple[Cuts | DropRecord, ...]:

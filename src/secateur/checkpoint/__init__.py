@@ -1,5 +1,7 @@
 """Floor 4: checkpoints pruned in the memory of one block."""
 
+from secateur.checkpoint.output import amend
 from secateur.checkpoint.prune import prune_checkpoint
+from secateur.checkpoint.source import Source
 
-__all__ = ["prune_checkpoint"]
+__all__ = ["Source", "amend", "prune_checkpoint"]

@@ -56,6 +56,8 @@ class Journal:
         next: so many blocks are done.
         layers: what is known of the layers that are.
         seconds: time spent so far.
+        states: bytes of hidden states in memory at most.
+        peak: bytes of memory at most.
     """
 
     key: str
@@ -66,6 +68,8 @@ class Journal:
     next: int = 0
     layers: dict[str, Solved] = field(default_factory=dict)
     seconds: float = 0.0
+    states: int = 0
+    peak: int = 0
 
     @property
     def chain(self) -> Chain:
@@ -75,6 +79,11 @@ class Journal:
     def write(self, folder: Path) -> None:
         """Replace the file."""
         write_text(folder / _NAME, json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Nothing in the folder can be resumed any more."""
+        (folder / _NAME).unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path, key: str) -> Journal | None:
@@ -98,7 +107,7 @@ class Journal:
             raise ArtifactError(f"{path} is damaged: remove {folder} to begin anew.") from None
 
 
-def digest(settings: Mapping[str, str], files: Mapping[str, int], data: Sequence[Batch]) -> str:
+def digest(settings: Mapping[str, str], files: Mapping[str, str], data: Sequence[Batch]) -> str:
     """A digest of all that decides a result: settings, source, data, versions, number of threads."""
     found = hashlib.sha256()
     known: dict[str, Any] = {

@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from secateur.checkpoint.norms import input_norms
 from secateur.checkpoint.output import Output
 from secateur.checkpoint.source import Source
 from secateur.collect.batches import Batch, as_batches
-from secateur.core.errors import ArtifactError, SecateurError, SparsityError, StatsError
+from secateur.core.errors import ArtifactError, SecateurError, SparsityError, StatsError, StreamError
 from secateur.core.names import Selection, Target, Where, select
 from secateur.criteria import Criterion
 from secateur.masks import Masks
@@ -115,7 +115,9 @@ def prune_checkpoint(
         raise ArtifactError(f"{out} is the model's own folder: choose another, the original is kept.")
     pattern = pattern or Unstructured()
     model = Source(source)
-    selection, consumers = visible(model.model, select(model.model, where, valueless=True), solver, where)
+    selection, consumers = visible(
+        model.model, select(model.model, where, valueless=True, experts=True), solver, where
+    )
     for t in selection.targets:
         if t.name in model.head or t.name not in model.keys:
             raise SecateurError(f"{t.name} is the output head, which is not read block by block.")
@@ -131,11 +133,10 @@ def prune_checkpoint(
     settings |= {} if where is None else {"where": repr(where)}
     settings |= {} if correction is None else {"correction": repr(correction)}
     settings |= {} if reconstruct is None else {"reconstruct": repr(reconstruct)}
-    sizes = {n: model.shards.entry(n).bytes for n in model.shards.names}
-    key = digest(settings | {"ranks": str(ranks.count())}, sizes, data)
-    data = data[ranks.rank() :: ranks.count()]
-    if not data:
+    key = digest(settings | {"ranks": str(ranks.count())}, model.stamps(), data)
+    if len(data) < ranks.count():
         raise StatsError(f"There are fewer batches than processes ({ranks.count()}): pass more of them.")
+    data = data[ranks.rank() :: ranks.count()]
     output = Output(out, model)
     with model.ending_before_the_head():
         journal = output.journal(key)
@@ -154,8 +155,10 @@ def prune_checkpoint(
             output.keep(journal)
         job = Job(solver, pattern, journal.shares, correction, model.stored())
         plan = _Plan(model, selection, consumers, data, job, pattern, settings)
-        states = _solve(plan, journal, output, reconstruct, spill, started)
-    report = _report(plan, journal, output, states)
+        groups = segments(chain, len(chain.blocks), consumers)
+        if journal.next <= max(groups):
+            _solve(plan, journal, output, groups, reconstruct, spill, started)
+    report = _report(plan, journal)
     output.finish(report)
     return report
 
@@ -169,7 +172,7 @@ def _chain(model: Source, consumers: Sequence[Consumer], data: Sequence[Batch]) 
     if why is None and outside:
         why = f"{outside[0]} is in no block that runs once"
     if why is not None:
-        raise StatsError(
+        raise StreamError(
             f"{type(model.model).__name__} cannot be run block by block: {why.rstrip('.')}. Load it with "
             "load_hf and prune it in memory with prune_."
         )
@@ -207,11 +210,12 @@ def _solve(
     plan: _Plan,
     journal: Journal,
     output: Output,
+    groups: Mapping[int, Sequence[Consumer]],
     reconstruct: Reconstruct | None,
     spill: int,
     started: float,
-) -> States:
-    """All blocks that are not done; the states of the pruned model."""
+) -> None:
+    """All blocks that are not done."""
     model, chain, n = plan.source, journal.chain, len(plan.data)
     twin = plan.job.correction is not None or reconstruct is not None
     folders = [output.states / f"{name}-{ranks.rank()}" for name in ("pruned", "dense")[: 1 + twin]]
@@ -230,28 +234,35 @@ def _solve(
             were = int((model.weight(name) == 0).count_nonzero())
             journal.layers[name] = Solved(removed, zeros, were, one.error, list(one.notes))
         journal.next = block + 1
+        done.clear()  # the masks of all blocks would not fit in memory
         journal.seconds = before + time.perf_counter() - started
+        journal.states = max(journal.states, sum(walk.states.peak for walk in walks))
+        journal.peak = max(journal.peak, _peak())
+        for walk in walks:
+            walk.states.flush()
         output.keep(journal)
         for walk in walks:
             walk.states.settle()
 
-    groups = segments(chain, len(chain.blocks), plan.consumers)
-    if journal.next <= max(groups):
-        solve_all_(
-            plan.job,
-            walks[0],
-            walks[1] if twin else None,
-            groups,
-            targets,
-            len(chain.blocks),
-            reconstruct,
-            model,
-            finished,
-        )
-    return walks[0].states
+    solve_all_(
+        plan.job,
+        walks[0],
+        walks[1] if twin else None,
+        groups,
+        targets,
+        len(chain.blocks),
+        reconstruct,
+        model,
+        finished,
+    )
 
 
-def _report(plan: _Plan, journal: Journal, output: Output, states: States) -> Report:
+def _peak() -> int:
+    """Bytes of memory that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _report(plan: _Plan, journal: Journal) -> Report:
     records = []
     for t in plan.selection.targets:
         one = journal.layers[t.name]
@@ -262,11 +273,10 @@ def _report(plan: _Plan, journal: Journal, output: Output, states: States) -> Re
     notes.append(
         "Zeros in dense tensors: files and dense kernels do not get smaller or faster by themselves."
     )
-    block = max(plan.source.read.values(), default=0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     notes.append(
-        f"Pruned block by block: the largest block has {block / 1e6:,.0f} MB in float32, hidden states took "
-        f"up to {states.peak / 1e6:,.0f} MB of memory, the process {peak / 1e6:,.0f} MB at its peak."
+        f"Pruned block by block: the largest block has {plan.source.largest / 1e6:,.0f} MB in float32, "
+        f"hidden states took up to {journal.states / 1e6:,.0f} MB of memory, the process "
+        f"{journal.peak / 1e6:,.0f} MB at its peak."
     )
     return Report(
         plan.settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.artifacts.hf_cut import build
-from secateur.artifacts.hf_folder import architecture, import_transformers, quiet, read_config, settings
+from secateur.artifacts.hf_folder import (
+    CONFIG,
+    architecture,
+    import_transformers,
+    quiet,
+    read_config,
+    settings,
+)
+from secateur.artifacts.manifest import fingerprint
 from secateur.artifacts.shards import Shards
 from secateur.artifacts.tensors import first_line, listed
-from secateur.core.errors import ArtifactError
+from secateur.core.errors import ArtifactError, StreamError
 from secateur.reconstruct.passes import Enough, candidates
 
 _INSTEAD = "load it with load_hf and prune it in memory with prune_"
@@ -31,8 +40,8 @@ class Source:
         dtype: in which the model works.
 
     Raises:
-        ArtifactError: something is missing, corrupt or unknown, or the files hold the weights in another
-            form than the model.
+        ArtifactError: something is missing, corrupt or unknown.
+        StreamError: the files hold the weights in another form than the model.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -48,7 +57,6 @@ class Source:
             except Exception as error:  # a configuration can be wrong in many ways
                 raise ArtifactError(f"transformers cannot open {folder}: {first_line(error)}") from error
         self.keys = _keys(self.model, self.shards, folder)
-        self.read: dict[str, int] = {}  # bytes of the blocks that were resident
         self._empty = {n: p for n, p in self.model.named_parameters()}
         self._places = _places(self.model)
         self._depth: dict[str, int] = {}
@@ -62,6 +70,21 @@ class Source:
         """The types in which parameters lie in the files."""
         return {n: self.shards.entry(key).dtype for n, key in self.keys.items() if n in self._empty}
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest block, in the type in which the model works."""
+        sizes: Counter[str] = Counter()
+        for n, block in self.blocks_of.items():
+            if block is not None:
+                sizes[block] += self._empty[n].numel() * self.dtype.itemsize
+        return max(sizes.values(), default=0)
+
+    def stamps(self) -> dict[str, str]:
+        """By name, what differs when a file was changed."""
+        weights = (self.folder / name for name in self.shards.files)
+        found = {path.name: f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in weights}
+        return found | {CONFIG: fingerprint(self.folder / CONFIG).sha256}
+
     @contextmanager
     def resident(self, block: str) -> Iterator[None]:
         """While this holds, the weights of a block are in memory, and its own."""
@@ -71,7 +94,6 @@ class Source:
         try:
             if depth == 0:
                 self._load(names)
-                self.read[block] = sum(self._empty[n].numel() * self.dtype.itemsize for n in names)
             yield
         finally:
             self._depth[block] = depth
@@ -162,7 +184,7 @@ def _head(model: Any) -> set[str]:
 def _keys(model: Any, shards: Shards, folder: Path) -> dict[str, str]:
     """The name in the files of every parameter and of the buffers that are there, as transformers finds it.
 
-    Raises `ArtifactError` where a parameter has none of its own.
+    Raises `StreamError` where a parameter is put together from several, `ArtifactError` where it has none.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     try:
@@ -170,7 +192,7 @@ def _keys(model: Any, shards: Shards, folder: Path) -> dict[str, str]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         version = import_transformers().__version__
-        raise ArtifactError(
+        raise StreamError(
             f"transformers {version} does not say how it names weights, so {folder} cannot be read block by "
             f"block: {_INSTEAD}, or use transformers 5."
         ) from None
@@ -183,7 +205,7 @@ def _keys(model: Any, shards: Shards, folder: Path) -> dict[str, str]:
         if name not in state and key in state:
             name, pattern = key, None
         if pattern is not None and name in state:
-            raise ArtifactError(
+            raise StreamError(
                 f"{type(model).__name__} puts {name} together from several tensors of {folder} ({key} among "
                 f"them), so it cannot be pruned block by block: {_INSTEAD}."
             )

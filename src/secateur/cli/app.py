@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,31 +11,18 @@ import typer
 import secateur
 from secateur import demo as job
 from secateur import pages
-from secateur.artifacts import load_hf, save
+from secateur.artifacts import load_hf
 from secateur.cli import choices
-from secateur.cli.data import example_input, read_data
+from secateur.cli.data import read_data
 from secateur.cli.evaluate import evaluate
-from secateur.cli.shared import (
-    FORMATS,
-    DataFile,
-    EvalFile,
-    Folder,
-    Length,
-    Samples,
-    Seed,
-    check_out,
-    console,
-    loss_note,
-    loss_of,
-    say,
-)
+from secateur.cli.options import Also, Exclude, Include, MethodName, PatternText, where_of
+from secateur.cli.prune import prune
+from secateur.cli.shared import FORMATS, Folder, Length, Samples, Seed, console, say
 from secateur.cli.shrink import shrink
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
-from secateur.core.names import Where
 from secateur.inspection import inspect as inspect_model
 from secateur.layerwise import sensitivity as scan_layers
-from secateur.prune import prune_
 from secateur.report.figures import save as save_figure
 
 app = typer.Typer(
@@ -46,47 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Globs = list[str] | None
-Include = Annotated[Globs, typer.Option(help="Only weights whose name matches this glob; repeatable.")]
-Exclude = Annotated[Globs, typer.Option(help="No weights whose name matches this glob; repeatable.")]
-Also = Annotated[
-    Globs,
-    typer.Option(help="Add these whatever their role: head, embeddings, norms, biases; repeatable."),
-]
-MethodName = Annotated[
-    choices.Method, typer.Option("--method", help="The criterion: what a weight is worth.")
-]
-PrunerName = Annotated[
-    choices.Pruner,
-    typer.Option(
-        "--method",
-        help="What a weight is worth, or (sparsegpt, alps) a solver, which also fits the weights that stay.",
-    ),
-]
-AllocationName = Annotated[
-    choices.AllocationName, typer.Option("--allocation", help="How much to remove from each layer.")
-]
-PatternText = Annotated[
-    str | None,
-    typer.Option(
-        "--pattern",
-        help="unstructured, row, N:M such as 2:4, or a block such as 4x1. By default row for wanda and "
-        "unstructured for all others.",
-    ),
-]
-SparsityValue = Annotated[
-    float | None,
-    typer.Option("--sparsity", help="Fraction of weights to remove, 0 to 1; a pattern N:M brings its own."),
-]
-Rounds = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Measure and prune in so many steps: better at high sparsity for criteria that use data."
-    ),
-]
 _MAGNITUDE = choices.Method("magnitude")
-_PRUNE_MAGNITUDE = choices.Pruner("magnitude")
-_UNIFORM = choices.AllocationName("uniform")
 
 
 @app.callback(invoke_without_command=True)
@@ -121,7 +66,7 @@ def inspect(
 ) -> None:
     """Show how the weights of each layer are distributed, and what is zero already."""
     model, _ = load_hf(model_dir)
-    found = inspect_model(model, _where(include, exclude, also))
+    found = inspect_model(model, where_of(include, exclude, also))
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
     else:
@@ -136,57 +81,7 @@ def inspect(
         say(f"The page: {out / 'inspect.html'}")
 
 
-@app.command()
-def prune(
-    model_dir: Folder,
-    out: Annotated[Path, typer.Option(help="Folder for the pruned model and its report.")],
-    method: PrunerName = _PRUNE_MAGNITUDE,
-    sparsity: SparsityValue = None,
-    pattern: PatternText = None,
-    allocation: AllocationName = _UNIFORM,
-    data: DataFile = None,
-    evaluate: EvalFile = None,
-    samples: Samples = 64,
-    length: Length = 512,
-    include: Include = None,
-    exclude: Exclude = None,
-    also: Also = None,
-    rounds: Rounds = None,
-    seed: Seed = 0,
-) -> None:
-    """Prune a model in one shot and save it, loadable as before, with a report."""
-    check_out(model_dir, out)
-    chosen = choices.pattern(pattern, method.value)
-    asked = choices.sparsity(sparsity, chosen)
-    model, task = load_hf(model_dir)
-    read = partial(read_data, folder=model_dir, model=model, task=task, samples=samples, length=length)
-    calibration = read(data) if data is not None else None
-    held_out = read(evaluate) if evaluate is not None else None
-    where = _where(include, exclude, also)
-    before = inspect_model(model, where)
-    old_loss = loss_of(model, held_out)
-    solver = choices.SOLVERS.get(method.value)
-    report = prune_(
-        model,
-        solver() if solver else choices.METHODS[method.value](seed),
-        asked,
-        pattern=chosen,
-        allocation=choices.ALLOCATIONS[allocation.value],
-        where=where,
-        batches=calibration.batches if calibration else None,
-        loss=calibration.loss if calibration and not solver else None,
-        rounds=rounds,
-        example=example_input(model),
-    )
-    if held_out is not None:
-        note = loss_note(evaluate, task, old_loss, loss_of(model, held_out))
-        report = replace(report, notes=(*report.notes, note))
-    save(model, out, report=report, source=model_dir)
-    write_text(out / "report.html", pages.prune_page(report, before, inspect_model(model, where)))
-    console.print(report)
-    say(f"Saved in {out}; the report: {out / 'report.html'}")
-
-
+app.command()(prune)
 app.command()(shrink)
 app.command("eval")(evaluate)
 
@@ -219,7 +114,7 @@ def sensitivity(
         choices.METHODS[method.value](seed),
         sparsities=grid,
         pattern=choices.pattern(pattern, method.value),
-        where=_where(include, exclude, also),
+        where=where_of(include, exclude, also),
         batches=read.batches,
         loss=read.loss,
     )
@@ -227,12 +122,6 @@ def sensitivity(
     write_text(out / "sensitivity.html", pages.sensitivity_page(found))
     console.print(found)
     say(f"The page: {out / 'sensitivity.html'}")
-
-
-def _where(include: Globs, exclude: Globs, also: Globs) -> Where | None:
-    if not (include or exclude or also):
-        return None
-    return Where(tuple(include) if include else "*", tuple(exclude or ()), tuple(also or ()))
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -52,10 +52,17 @@ def check_out(model_dir: Path, out: Path) -> None:
     """Before hours of work, not after."""
     if out.resolve() == model_dir.resolve():
         raise SecateurError("--out is the model's own folder: choose another, the original is kept.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "secateur.json").is_file()):
+    if out.is_file() or _is_foreign(out):
         raise SecateurError(
             f"{out} exists and holds something else than a pruned model: choose another folder."
         )
+
+
+def _is_foreign(out: Path) -> bool:
+    """Whether a folder holds something, but neither a pruned model nor an unfinished run."""
+    if not out.is_dir() or (out / "secateur.json").is_file():
+        return False
+    return any(not path.name.startswith(".secateur-") for path in out.iterdir())
 
 
 def loss_of(model: nn.Module, data: Data | None) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from secateur.artifacts import load_hf, save
 from secateur.budget import Budget
 from secateur.cli import choices, shared
-from secateur.cli.data import Data, example_input, read_data
+from secateur.cli.data import Data, example_input, overlap_note, read_data
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.dropped import DropReport, drop_least_
@@ -73,6 +73,8 @@ def shrink(
     evaluate: shared.EvalFile = None,
     samples: shared.Samples = 64,
     length: shared.Length = 512,
+    data_seed: shared.DataSeed = None,
+    pack: shared.Pack = False,
     seed: shared.Seed = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what can be cut and what would go; write nothing.")
@@ -97,13 +99,15 @@ def shrink(
             f"{model_dir} does not say what input its model takes: call sc.shrink_ with an example."
         )
     read = partial(read_data, folder=model_dir, model=model, task=task, samples=samples, length=length)
-    calibration = read(data) if data is not None else None
+    calibration = read(data, seed=data_seed, pack=pack) if data is not None else None
     held_out = read(evaluate) if evaluate is not None else None
     old_loss = shared.loss_of(model, held_out)
     if dry_run:
         shared.say(str(Graph.trace(model, **example)))
     history: list[Any] = []
-    notes: list[str] = []
+    notes: list[str] = [*calibration.notes] if calibration else []
+    if overlap := overlap_note(calibration, held_out):
+        notes.append(overlap)
     dropped: DropReport | None = None
     report: ShrinkReport | None = None
     if drop_layers:

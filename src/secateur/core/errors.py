@@ -44,3 +44,7 @@ class SurgeryError(SecateurError):
 
 class ArtifactError(SecateurError):
     """A missing, corrupt or foreign file or folder."""
+
+
+class StreamError(SecateurError):
+    """A checkpoint that cannot be read, or a model that cannot be run, block by block."""

@@ -99,9 +99,15 @@ def layout_of(module: nn.Module, parameter: str) -> Layout:
         if is_hf_conv1d(module):
             return Transposed()
     # How transformers marks stacks of experts that are stored as inputs x outputs.
-    if getattr(module, "is_transposed", False) is True and getattr(module, parameter).dim() == 3:
+    if is_stack(module, parameter) and getattr(module, "is_transposed", False) is True:
         return Transposed()
     return Plain()
+
+
+def is_stack(module: nn.Module, parameter: str) -> bool:
+    """Whether a parameter holds the matrices of several experts, as transformers marks such modules."""
+    weight = module._parameters.get(parameter)
+    return weight is not None and weight.dim() == 3 and hasattr(module, "is_transposed")
 
 
 def is_hf_conv1d(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,23 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Mixtures of transformers multiply with one expert after the other, not with all in one kernel."""
+    changed: list[tuple[Any, str]] = []
+    for module in model.modules():
+        config = getattr(module, "config", None) if hasattr(module, "is_transposed") else None
+        chosen = getattr(config, "_experts_implementation", None)
+        if isinstance(chosen, str) and chosen != "eager":
+            changed.append((config, chosen))
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for config, chosen in reversed(changed):
+            config._experts_implementation = chosen
 
 
 def drop_caches(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from secateur.core.errors import SelectionError
-from secateur.core.layout import Layout, is_hf_conv1d, layout_of, matrix_shape
+from secateur.core.layout import Layout, is_hf_conv1d, is_stack, layout_of, matrix_shape
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -80,6 +80,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Expert(Target):
+    """One matrix of a stack that a parameter holds."""
+
+    index: int = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """A view of the live parameter."""
+        parameter: Tensor = getattr(self.module, self.attribute)
+        return parameter[self.index]
+
+
+@dataclass(frozen=True)
 class Selection:
     """What will be pruned, and what will not, with the reason."""
 
@@ -98,10 +111,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def select(model: nn.Module, where: Where | None = None, valueless: bool = False) -> Selection:
+def select(
+    model: nn.Module, where: Where | None = None, *, valueless: bool = False, experts: bool = False
+) -> Selection:
     """Find the parameters that `where` selects; raise `SelectionError` if none is left.
 
-    Parameters on the meta device are refused unless `valueless` says that they get values later.
+    Parameters on the meta device are refused unless `valueless` says that they get values later. With
+    `experts`, parameters that hold experts as a stack count as layers.
     """
     where = where or Where()
     model = unwrap(model)
@@ -114,12 +130,12 @@ def select(model: nn.Module, where: Where | None = None, valueless: bool = False
     for f in found:
         if f.matches(also) and not f.impossible:
             reason = None
+        elif experts and is_stack(f.module, f.attribute) and f.name not in head:
+            reason = f.filtered(include, exclude, where)
         elif f.refused or f.name in head:
             reason = f.refused or "part of the output head"
-        elif not f.matches(include):
-            reason = f"not in include={where.include!r}"
         else:
-            reason = f"in exclude={where.exclude!r}" if f.matches(exclude) else None
+            reason = f.filtered(include, exclude, where)
         if reason is None:
             targets.append(f.target())
         elif not f.minor:
@@ -150,6 +166,12 @@ class _Found:
 
     def matches(self, globs: tuple[str, ...]) -> bool:
         return any(_matches(name, globs) for name in self.names)
+
+    def filtered(self, include: tuple[str, ...], exclude: tuple[str, ...], where: Where) -> str | None:
+        """Why it is not among those asked for, if it is not."""
+        if not self.matches(include):
+            return f"not in include={where.include!r}"
+        return f"in exclude={where.exclude!r}" if self.matches(exclude) else None
 
     def target(self) -> Target:
         return Target(self.name, self.module, self.attribute, layout_of(self.module, self.attribute))

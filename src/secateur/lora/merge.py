@@ -45,8 +45,8 @@ class Merged:
             return f"{merged}; nothing of them lay on pruned weights."
         name, share = max(self.by_layer().items(), key=lambda item: item[1])
         return (
-            f"{merged}; {self.lost:.1%} of their power lay on pruned weights and is lost, of {name} "
-            f"{share:.1%}. This is not the model that was trained: under hold_lora nothing is lost."
+            f"{merged}; {self.lost:.1%} of their power lay on pruned weights and is lost, up to "
+            f"{share:.1%} in {name}. This is not the model that was trained: under hold_lora nothing is lost."
         )
 
 

@@ -30,6 +30,8 @@ class Consumer:
         inputs: columns of the matrix.
         holders: names of the modules that hold the weight.
         geometry: two consumers of one tensor have the same inputs if this is equal.
+        stack: name of the parameter that holds the weight as one of several experts, None if it is whole.
+        expert: its number there.
     """
 
     name: str
@@ -39,6 +41,13 @@ class Consumer:
     inputs: int
     holders: tuple[str, ...] = field(repr=False)
     geometry: tuple[Any, ...] = field(repr=False)
+    stack: str | None = None
+    expert: int = 0
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the weight."""
+        return self.stack or self.name
 
     @property
     def input_dim(self) -> int:

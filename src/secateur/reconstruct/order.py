@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from secateur.collect.batches import Batch
 from secateur.core.errors import StatsError
-from secateur.core.modes import evaluation, unfused
+from secateur.core.modes import eager_experts, evaluation, unfused
 from secateur.reconstruct.consumers import Consumer
+from secateur.reconstruct.stacks import hearing_experts
 
 Stage = tuple[Consumer, ...]
 """Consumers that take in the same tensors, in the order of their first calls."""
@@ -28,13 +29,17 @@ Hear = Callable[[Consumer, nn.Module, Tensor], None]
 def listening(model: nn.Module, consumers: Iterable[Consumer], hear: Hear) -> Iterator[None]:
     """While this holds, `hear` gets the input of every call of these layers, just before the call."""
     handles = []
+    consumers = list(consumers)
     try:
         for consumer in consumers:
+            if consumer.stack is not None:
+                continue
             for path in consumer.holders:
                 hook = partial(_heard, consumer, hear)
                 module = model.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
+        with hearing_experts(model, consumers, hear):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -51,10 +56,10 @@ def measuring(*models: nn.Module) -> Iterator[None]:
     devices = {p.device for m in models for p in m.parameters() if p.is_cuda}
     with torch.random.fork_rng([*devices]), torch.no_grad(), unfused():
         if len(models) == 1:
-            with evaluation(models[0]):
+            with evaluation(models[0]), eager_experts(models[0]):
                 yield
         else:
-            with evaluation(models[0]), measuring(*models[1:]):
+            with evaluation(models[0]), eager_experts(models[0]), measuring(*models[1:]):
                 yield
 
 

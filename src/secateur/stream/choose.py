@@ -9,9 +9,11 @@ from torch import nn
 
 from secateur.collect.batches import Batch
 from secateur.core.errors import SecateurError, SelectionError, StatsError
+from secateur.core.layout import is_stack
 from secateur.core.names import Selection, Where
 from secateur.reconstruct.consumers import Consumer, consumers_of
 from secateur.reconstruct.passes import Chain
+from secateur.reconstruct.stacks import experts_of
 from secateur.solvers import Solver
 from secateur.stream.solving import kind_of
 from secateur.stream.walk import Weights, enterable, first_line
@@ -67,7 +69,11 @@ def visible(
 
     Raises `StatsError` if they were asked for, by a `where`, and `SelectionError` if none is left.
     """
-    consumers, reasons = consumers_of(model, [t.name for t in selection.targets])
+    stacks = {t.name for t in selection.targets if is_stack(t.module, t.attribute)}
+    consumers, reasons = consumers_of(model, [t.name for t in selection.targets if t.name not in stacks])
+    for t in selection.targets:
+        if t.name in stacks:
+            consumers += experts_of(t.name, t.name.rpartition(".")[0], t.module, t.attribute)
     return _without(selection, reasons, solver, where), consumers
 
 
@@ -84,10 +90,12 @@ def called(
     """
     kinds = {kind_of(name) for name in chain.before if kind_of(name) != name}
     reasons = {
-        c.name: _UNHEARD for c in consumers if c.name not in chain.before and kind_of(c.name) not in kinds
+        c.parameter: _UNHEARD
+        for c in consumers
+        if c.name not in chain.before and kind_of(c.name) not in kinds
     }
     chosen = _without(selection, reasons, solver, where)
-    return chosen, tuple(c for c in consumers if c.name not in reasons)
+    return chosen, tuple(c for c in consumers if c.parameter not in reasons)
 
 
 def _without(selection: Selection, reasons: dict[str, str], solver: Solver, where: Where | None) -> Selection:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from secateur.core.errors import SecateurError
+
 T = TypeVar("T")
+
+
+@contextmanager
+def start() -> Iterator[None]:
+    """While this holds, the processes that `torchrun` started know of each other; for one alone, nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def several() -> bool:
@@ -26,10 +44,21 @@ def count() -> int:
     return dist.get_world_size() if several() else 1
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """One sentence where the others cannot be reached: the process that failed says itself why."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise SecateurError(f"Another process has ended, and its own message says why ({why}).") from None
+
+
 def add_(x: Tensor) -> None:
     """Sum over all processes, in place: the same bits in each."""
     if several():
-        dist.all_reduce(x)
+        with _together():
+            dist.all_reduce(x)
 
 
 def total(n: int) -> int:
@@ -37,7 +66,7 @@ def total(n: int) -> int:
     if not several():
         return n
     x = torch.tensor([n], dtype=torch.int64)
-    dist.all_reduce(x)
+    add_(x)
     return int(x)
 
 
@@ -51,14 +80,16 @@ def gather(value: T) -> list[T]:
     if not several():
         return [value]
     found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
+    with _together():
+        dist.all_gather_object(found, value)
     return found
 
 
 def send_(x: Tensor, source: int) -> None:
     """Every process gets the tensor of one, in place."""
     if several():
-        dist.broadcast(x, source)
+        with _together():
+            dist.broadcast(x, source)
 
 
 def share(value: T, source: int) -> T:
@@ -66,7 +97,8 @@ def share(value: T, source: int) -> T:
     if not several():
         return value
     found: list[Any] = [value]
-    dist.broadcast_object_list(found, source)
+    with _together():
+        dist.broadcast_object_list(found, source)
     shared: T = found[0]
     return shared
 
@@ -74,4 +106,5 @@ def share(value: T, source: int) -> T:
 def wait() -> None:
     """Until all processes have come here."""
     if several():
-        dist.barrier()
+        with _together():
+            dist.barrier()

@@ -72,14 +72,15 @@ def _solve_(
     reconstruct: Reconstruct | None,
 ) -> dict[str, Done]:
     """The layers of one block; the dense walk ends behind it."""
+    names = dict.fromkeys(c.parameter for c in mine)
     if beside is not None:
-        beside.enter([targets[c.name] for c in mine])
+        beside.enter([targets[n] for n in names])
     solved = solve_block_(job, walk, mine, targets, beside) if mine else {}
     if beside is not None:
         with beside.weights():
             beside.walk.advance(walk.done + 1)
         if reconstruct is not None and mine:
-            masks = {targets[c.name]: solved[c.name].keep for c in mine}
+            masks = {targets[n]: solved[n].keep for n in names}
             reconstruct_(walk, beside.walk, masks, reconstruct, job)
     return solved
 

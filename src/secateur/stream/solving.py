@@ -5,18 +5,20 @@ Shapes: O outputs, I inputs of a layer's matrix; x: inputs in the dense model, z
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import NonFiniteError, StatsError
-from secateur.core.names import Target
+from secateur.core.names import Expert, Target
+from secateur.core.topk import count
 from secateur.patterns import Pattern
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.measure import Rows, Tokens
@@ -109,18 +111,53 @@ def solve_block_(
         StatsError: a layer that no batch reaches, unless it is one of several experts.
         NonFiniteError: NaN or infinite inputs.
     """
+    job, own = _with_experts(job, consumers, targets)
     order, first = _order(walk, consumers)
     unseen = _unseen(order, consumers, job.solver)
     done: dict[str, Done] = {}
-    for stages in _together(order, walk, targets):
+    for stages in _together(order, walk):
         if [stages[0]] == stages and first is not None and stages[0][0].name == first[0] and not dense:
             sums = {first[0]: first[1]}
         else:
             sums = _measure(walk, stages, order, dense)
-        done |= _solve_(job, _groups(stages), sums, targets)
+        done |= _solve_(job, _groups(stages), sums, own)
     for c in unseen:
-        done[c.name] = _solve_unseen_(job, targets[c.name])
-    return done
+        done[c.name] = _solve_unseen_(job, own[c.name])
+    return _stacked(done, consumers)
+
+
+def _with_experts(
+    job: Job, consumers: Sequence[Consumer], targets: Mapping[str, Target]
+) -> tuple[Job, dict[str, Target]]:
+    """The matrices to solve, by consumer; experts of a stack have shares that add up to that of the stack."""
+    own = {c.name: targets[c.name] for c in consumers if c.stack is None}
+    shares, stored = dict(job.shares), dict(job.stored)
+    for stack in dict.fromkeys(c.stack for c in consumers if c.stack is not None):
+        t = targets[stack]
+        experts = len(t.weight)
+        units = t.weight[0].numel() // job.pattern.unit
+        least, more = divmod(count(job.shares[stack], experts * units), experts)
+        for e in range(experts):
+            name = f"{stack}[{e}]"
+            own[name] = Expert(name, t.module, t.attribute, t.layout, e)
+            shares[name] = (least + (e < more)) / units
+            stored |= {name: job.stored[stack]} if stack in job.stored else {}
+    return replace(job, shares=shares, stored=stored), own
+
+
+def _stacked(done: Mapping[str, Done], consumers: Sequence[Consumer]) -> dict[str, Done]:
+    """Experts put together to what the parameter holds; its error is the mean of theirs."""
+    found = {c.name: done[c.name] for c in consumers if c.stack is None}
+    stacks: dict[str, list[Consumer]] = {}
+    for c in consumers:
+        if c.stack is not None:
+            stacks.setdefault(c.stack, []).append(c)
+    for stack, experts in stacks.items():
+        parts = [done[c.name] for c in sorted(experts, key=lambda c: c.expert)]
+        notes = [f"expert {i}: {note}" for i, part in enumerate(parts) for note in part.notes]
+        error = math.fsum(part.error for part in parts) / len(parts)
+        found[stack] = Done(torch.cat([part.keep for part in parts]), error, tuple(notes))
+    return found
 
 
 def _stop(walk: Walk) -> int | None:
@@ -191,10 +228,12 @@ def _unseen(order: Order, consumers: Sequence[Consumer], solver: Solver) -> list
 
 def kind_of(name: str) -> str:
     """A name without the last of its numbers: that of an expert among its siblings."""
+    if name.endswith("]"):
+        return name[: name.rindex("[")] + "[*]"
     return re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name)
 
 
-def _together(order: Order, walk: Walk, targets: Mapping[str, Target]) -> list[list[Stage]]:
+def _together(order: Order, walk: Walk) -> list[list[Stage]]:
     """Stages to measure in one pass: one by one, but experts all at once."""
     kinds: dict[tuple[str, ...], list[Stage]] = {}
     for stage in order.stages:
@@ -212,6 +251,8 @@ def _together(order: Order, walk: Walk, targets: Mapping[str, Target]) -> list[l
 def _independent(walk: Walk, stages: Sequence[Stage]) -> bool:
     """Whether the second of alike stages does not depend on the first: told by gradients of one pass."""
     a, b = stages[0][0], stages[1][0]
+    if a.stack is not None and b.stack is not None:
+        return True
     outputs: list[Tensor] = []
     inputs: list[Tensor] = []
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from secateur.core.errors import StatsError
 
 _GB = 1 << 30
+_ANEW = "remove the folder .secateur-run above it to begin anew"
 
 
 class States:
@@ -35,7 +37,8 @@ class States:
         self.peak = 0  # bytes in memory at most
         self._stale: list[Path] = []
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            with _told(f"{folder} cannot be made"):
+                folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, slot: int, i: int, tree: Any) -> None:
         """Keep a copy of what block `slot` returned for batch `i`."""
@@ -62,6 +65,12 @@ class States:
             if self._folder is not None:
                 self._stale.append(self._path(slot, i))
 
+    def flush(self) -> None:
+        """Wait until the names of the files, too, are on the disk, before a journal relies on them."""
+        if self._folder is not None:
+            with _told(f"{self._folder} cannot be written"):
+                _sync(self._folder)
+
     def settle(self) -> None:
         """Remove the files of what was dropped, once a journal says that it is not needed any more."""
         for path in self._stale:
@@ -80,7 +89,7 @@ class States:
                 path.unlink()
         for path, (slot, i) in wanted.items():
             if not path.is_file():
-                raise StatsError(f"{path} is missing, so the run cannot be resumed: remove {path.parent}.")
+                raise StatsError(f"{path} is missing: {_ANEW}.")
             self.slots.setdefault(slot, set()).add(i)
 
     def _path(self, slot: int, i: int) -> Path:
@@ -100,15 +109,35 @@ def _size(tree: Any) -> int:
 def _write(path: Path, tree: Any) -> None:
     tensors: dict[str, Tensor] = {}
     shape = json.dumps(_plain(tree, tensors))
-    save_file(tensors, path, {"tree": shape})
-    with open(path, "rb") as f:  # before the journal says that the block is done
-        os.fsync(f.fileno())
+    with _told(f"{path} cannot be written"):
+        save_file(tensors, path, {"tree": shape})
+        _sync(path)  # before the journal says that the block is done
 
 
 def _read(path: Path) -> Any:
-    with safe_open(path, framework="pt") as f:
-        tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118, not a mapping
-        return _tree(json.loads(f.metadata()["tree"]), tensors)
+    try:
+        with safe_open(path, framework="pt") as f:
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118, no mapping
+            return _tree(json.loads(f.metadata()["tree"]), tensors)
+    except (OSError, SafetensorError) as error:
+        raise StatsError(f"{path} cannot be read ({error}): {_ANEW}.") from None
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Make `StatsError` of an error of the operating system, which the safetensors library wraps."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StatsError(f"{what} ({error}): free space on its disk, then run this again.") from None
 
 
 def _plain(tree: Any, tensors: dict[str, Tensor]) -> Any:

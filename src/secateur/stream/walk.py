@@ -20,6 +20,7 @@ from secateur.core.errors import StatsError
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.order import listening, measuring
 from secateur.reconstruct.passes import Chain, Enough, candidates, chain_of
+from secateur.stream import ranks
 from secateur.stream.states import States, copied
 
 _ROUNDING = 1e-4  # of the projections of an output, relative to its norm
@@ -73,7 +74,8 @@ class Walk:
             self._answer(i, stack)
             if stop is not None and self.done < stop <= len(self.chain.blocks):
                 stack.callback(_ending(self._block(stop - 1), found))
-            torch.manual_seed(i)  # models that draw in their forward pass draw the same every time
+            # Models that draw in their forward pass draw the same every time, whichever process runs it.
+            torch.manual_seed(i * ranks.count() + ranks.rank())
             with suppress(Enough):
                 self.data[i].forward(self.model)
         return found[0] if found else None

@@ -71,6 +71,8 @@ def _check_names(file: Path, model: nn.Module, names: list[str]) -> None:
 
 def _try(file: Path, model: nn.Module, first: dict[str, Tensor]) -> None:
     """Run the model on one example, so that what it cannot take is said before anything is changed."""
+    if any(p.is_meta for p in model.parameters()):
+        return  # its weights are not there yet
     try:
         with evaluation(model), torch.no_grad():
             model(**first)
