@@ -30,7 +30,7 @@ from secateur.artifacts.shards import Shards
 
 WIDTH, INNER, HEADS, GROUPS, VOCABULARY = 1024, 2048, 16, 4, 4096
 SHARD = 200_000_000  # bytes
-EXAMPLES, LENGTH = 8, 32
+EXAMPLES, LENGTH = 4, 32
 SPARSITY = 0.5
 
 LIMITED = """
@@ -46,24 +46,21 @@ import transformers
 from transformers import LlamaForCausalLM
 from secateur.checkpoint import prune_checkpoint
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
 
-def addressed():
-    return int(Path("/proc/self/status").read_text().split("VmPeak:")[1].split()[0]) * 1024
+def peaks():  # not ru_maxrss, which begins with that of the process that started this one
+    return {"peak_bytes": status("VmHWM"), "address_bytes": status("VmPeak")}
 
 torch.set_num_threads(1)
 torch.linalg.cholesky(torch.eye(64) @ torch.eye(64))  # libraries that torch loads when first used
-empty = {"peak_bytes": peak(), "address_bytes": addressed()}
+empty = peaks()
 examples, length = int(sys.argv[4]), int(sys.argv[5])
 ids = torch.randint(4096, (examples, 1, length), generator=torch.Generator().manual_seed(1))
 report = prune_checkpoint(
     sys.argv[1], sys.argv[2], sc.SparseGPT(), 0.5, batches=[{"input_ids": i} for i in ids], spill=0
 )
-print(json.dumps({
-    "empty": empty, "peak_bytes": peak(), "address_bytes": addressed(), "seconds": report.seconds["pruning"],
-    "note": report.notes[-1],
-}))
+print(json.dumps({"empty": empty, **peaks(), "seconds": report.seconds["pruning"]}))
 """
 
 

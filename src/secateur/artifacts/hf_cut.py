@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.artifacts.hf_config import dense_config, difference, is_theirs, same_config
 from secateur.artifacts.hf_folder import (
@@ -119,15 +120,16 @@ def build(cls: Any, config: Any, dtype: torch.dtype | str) -> Any:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """While this holds, parameters that this thread gives to modules lose their values, once each."""
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    # Weak, else the memory of all parameters together would be reserved, though never touched.
+    made = WeakIdKeyDictionary()
     here = threading.get_ident()
 
     def emptied(module: nn.Module, name: str, p: nn.Parameter) -> nn.Parameter | None:
         if threading.get_ident() != here or p.is_meta:
             return None
-        if id(p) not in made:  # the same object under another name stays the same
-            made[id(p)] = (nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad), p)
-        return made[id(p)][0]
+        if p not in made:  # the same object under another name stays the same
+            made[p] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        return cast(nn.Parameter, made[p])
 
     # torch's stub has None for the result, its documentation a parameter.
     handle = register_module_parameter_registration_hook(cast(Any, emptied))

@@ -52,6 +52,7 @@ class Journal:
         blocks: the chain of blocks.
         follows: see `Chain`.
         before: see `Chain`.
+        heard: see `Chain`.
         shares: sparsity of every layer.
         next: so many blocks are done.
         layers: what is known of the layers that are.
@@ -64,6 +65,7 @@ class Journal:
     blocks: list[str] = field(default_factory=list)
     follows: list[bool] = field(default_factory=list)
     before: dict[str, int] = field(default_factory=dict)
+    heard: dict[str, list[int]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
     next: int = 0
     layers: dict[str, Solved] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Journal:
     @property
     def chain(self) -> Chain:
         """The blocks as a chain."""
-        return Chain(tuple(self.blocks), tuple(self.follows), self.before)
+        return Chain(tuple(self.blocks), tuple(self.follows), self.before, self.heard)
 
     def write(self, folder: Path) -> None:
         """Replace the file."""

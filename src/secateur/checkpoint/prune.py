@@ -144,7 +144,8 @@ def prune_checkpoint(
         selection, consumers = called(selection, consumers, chain, solver, where)
         output.targets.update({t.name: t for t in selection.targets})
         if journal is None:
-            journal = Journal(key, list(chain.blocks), list(chain.follows), dict(chain.before))
+            heard = {name: list(numbers) for name, numbers in chain.heard.items()}
+            journal = Journal(key, list(chain.blocks), list(chain.follows), dict(chain.before), heard)
             output.start()
             output.keep(journal)
         else:

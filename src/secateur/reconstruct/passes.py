@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.collect.batches import Batch
 from secateur.reconstruct.consumers import Consumer
-from secateur.reconstruct.order import Stage, listening, measuring
+from secateur.reconstruct.order import Inputs, Stage, listening, measuring
 
 _ROUNDING = 1e-5  # of a layer's inputs, relative to the largest
 
@@ -38,11 +38,13 @@ class Chain:
         blocks: names of modules that each run once in a pass.
         follows: whether a block receives what the one before it returned.
         before: by consumer, how many blocks are done when it is first called.
+        heard: by consumer, numbers of the tensors that it took in, one for each call.
     """
 
     blocks: tuple[str, ...] = ()
     follows: tuple[bool, ...] = ()
     before: Mapping[str, int] = field(default_factory=dict)
+    heard: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def begin(self, consumer: Consumer) -> int | None:
         """How many blocks are done when a consumer is first called; None if that was not seen."""
@@ -67,6 +69,7 @@ def chain_of(model: nn.Module, consumers: Iterable[Consumer], batch: Batch) -> C
     calls: list[tuple[str, Tensor | None, Tensor | None]] = []
     entered: list[Tensor | None] = []
     before: dict[str, int] = {}
+    inputs = Inputs()
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         entered.append(_first((args, kwargs)))
@@ -76,6 +79,7 @@ def chain_of(model: nn.Module, consumers: Iterable[Consumer], batch: Batch) -> C
 
     def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
         before.setdefault(consumer.name, len(calls))
+        inputs.hear(consumer, x)
 
     with ExitStack() as stack:
         stack.enter_context(measuring(model))
@@ -93,6 +97,7 @@ def chain_of(model: nn.Module, consumers: Iterable[Consumer], batch: Batch) -> C
         tuple(name for name, _, _ in kept),
         (False, *follows)[: len(kept)],
         {name: sum(once[:n]) for name, n in before.items()},
+        inputs.heard,
     )
 
 

@@ -9,7 +9,7 @@ from secateur.core.names import Target
 from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.passes import Chain
-from secateur.stream.solving import Dense, Done, Job, solve_block_
+from secateur.stream.solving import Dense, Done, Job, called_once, known_order, solve_block_
 from secateur.stream.states import States
 from secateur.stream.tuning import Reconstruct, reconstruct_
 from secateur.stream.walk import InMemory, Walk, Weights
@@ -52,7 +52,9 @@ def solve_all_(
         with weights.resident(blocks[n]) if n < len(blocks) else nullcontext():
             solved = _solve_(job, walk, beside if n < len(blocks) else None, mine, targets, reconstruct)
             if any(k > n for k in groups):
-                walk.advance(n + 1)
+                known = mine if known_order(walk, mine) is not None else ()
+                with called_once(walk, known) if known else nullcontext():
+                    walk.advance(n + 1)
             finished(n, solved)
         done |= solved
     if last > limit:

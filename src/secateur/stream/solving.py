@@ -112,7 +112,9 @@ def solve_block_(
         NonFiniteError: NaN or infinite inputs.
     """
     job, own = _with_experts(job, consumers, targets)
-    order, first = _order(walk, consumers)
+    order, first = known_order(walk, consumers), None
+    if order is None:
+        order, first = _order(walk, consumers)
     unseen = _unseen(order, consumers, job.solver)
     done: dict[str, Done] = {}
     for stages in _together(order, walk):
@@ -163,6 +165,40 @@ def _stacked(done: Mapping[str, Done], consumers: Sequence[Consumer]) -> dict[st
 def _stop(walk: Walk) -> int | None:
     """Passes end with the next block, if there is one."""
     return walk.done + 1 if walk.done < len(walk.chain.blocks) else None
+
+
+def known_order(walk: Walk, consumers: Sequence[Consumer]) -> Order | None:
+    """The order as the first example showed it, if each layer was called once and none has siblings."""
+    heard = walk.chain.heard
+    kinds = Counter(kind_of(c.name) for c in consumers)
+    if any(len(heard.get(c.name, ())) != 1 or kinds[kind_of(c.name)] > 1 for c in consumers):
+        return None
+    by_name = {c.name: c for c in consumers}
+    stages: dict[int, list[Consumer]] = {}
+    for name, numbers in heard.items():  # in the order of first calls
+        if name in by_name:
+            stages.setdefault(numbers[0], []).append(by_name[name])
+    once = dict.fromkeys(by_name, 1)
+    return Order(tuple(tuple(stage) for stage in stages.values()), (once,) * len(walk.data))
+
+
+@contextmanager
+def called_once(walk: Walk, consumers: Sequence[Consumer]) -> Iterator[None]:
+    """Raise `StatsError` if in what follows a layer is not called once for each batch, as it was at first."""
+    calls: Counter[str] = Counter()
+
+    def hear(consumer: Consumer, module: nn.Module, x: Tensor) -> None:
+        calls[consumer.name] += 1
+
+    with listening(walk.model, consumers, hear):
+        yield
+    for c in consumers:
+        if calls[c.name] != len(walk.data):
+            raise StatsError(
+                f"{c.name} is called once for the first example, but {calls[c.name]} times for "
+                f"{len(walk.data)} batches, so it is not known what it takes in: exclude it with "
+                "where=Where(exclude=...), or prune by a criterion."
+            )
 
 
 def _order(walk: Walk, consumers: Sequence[Consumer]) -> tuple[Order, tuple[str, Sums] | None]:
@@ -279,7 +315,8 @@ def _independent(walk: Walk, stages: Sequence[Stage]) -> bool:
     reached = [x for x in inputs if x.requires_grad]
     if not reached or not outputs:
         return True
-    gradients = torch.autograd.grad([x.sum() for x in reached], outputs, allow_unused=True)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad([x.sum() for x in reached], outputs, allow_unused=True)
     return all(g is None for g in gradients)
 
 
