@@ -55,11 +55,10 @@ def peaks():  # not ru_maxrss, which begins with that of the process that starte
 torch.set_num_threads(1)
 torch.linalg.cholesky(torch.eye(64) @ torch.eye(64))  # libraries that torch loads when first used
 empty = peaks()
-examples, length = int(sys.argv[4]), int(sys.argv[5])
+solver, examples, length = getattr(sc, sys.argv[4])(), int(sys.argv[5]), int(sys.argv[6])
 ids = torch.randint(4096, (examples, 1, length), generator=torch.Generator().manual_seed(1))
-report = prune_checkpoint(
-    sys.argv[1], sys.argv[2], sc.SparseGPT(), 0.5, batches=[{"input_ids": i} for i in ids], spill=0
-)
+data = [{"input_ids": i} for i in ids]
+report = prune_checkpoint(sys.argv[1], sys.argv[2], solver, 0.5, batches=data, spill=0)
 print(json.dumps({"empty": empty, **peaks(), "seconds": report.seconds["pruning"]}))
 """
 
@@ -121,9 +120,9 @@ def _weight(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
 
 
-def prune(source: Path, out: Path, gigabytes: float, examples: int, length: int) -> dict[str, Any]:
+def prune(source: Path, out: Path, gigabytes: float, solver: str = "SparseGPT") -> dict[str, Any]:
     """Prune in a process of its own, which may address so much; 0 for no limit."""
-    given = [str(source), str(out), str(gigabytes), str(examples), str(length)]
+    given = [str(source), str(out), str(gigabytes), solver, str(EXAMPLES), str(LENGTH)]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *given], capture_output=True, text=True, check=False
     )
@@ -158,7 +157,7 @@ def measure(gigabytes: float, limit: float, scratch: Path) -> dict[str, Any]:
     blocks = round(gigabytes * 1e9 / BLOCK)
     size = write(source, blocks)
     start = time.perf_counter()
-    found = prune(source, out, limit, EXAMPLES, LENGTH)
+    found = prune(source, out, limit)
     took = time.perf_counter() - start
     states = EXAMPLES * LENGTH * WIDTH * 4
     return {

@@ -28,6 +28,9 @@ from secateur.core.errors import NonFiniteError, SparsityError
 _SMALL = 1 << 14
 
 
+_SHORT = 16  # entries of a row up to which comparing all pairs is faster than selecting
+
+
 def count(sparsity: float, n: int) -> int:
     """Entries that go from `n` at `sparsity`: `floor(sparsity * n + 1/2)`, the one rounding rule used."""
     if not 0.0 <= sparsity <= 1.0:  # also refuses NaN
@@ -105,6 +108,8 @@ def keep_largest_rows(scores: Shaped[Tensor, "rows n"], remove: int) -> Bool[Ten
     refuse_nan(scores, "A score matrix")
     if remove == 0:
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    if scores.shape[1] <= _SHORT:
+        return (_ranks_of_columns(scores) >= remove).T.contiguous()
     kth = scores.kthvalue(remove, dim=1, keepdim=True).values
     keep = scores > kth
     short = (keep.count_nonzero(dim=1) < scores.shape[1] - remove).nonzero().view(-1)
@@ -114,6 +119,20 @@ def keep_largest_rows(scores: Shaped[Tensor, "rows n"], remove: int) -> Bool[Ten
         from_end = equal.flip(1).cumsum(1).flip(1)
         keep[short] = keep[short] | (equal & (from_end <= spare[:, None]))
     return keep
+
+
+def _ranks_of_columns(scores: Tensor) -> Tensor:
+    """`[n, rows]`: how many entries of its row go before an entry, smaller or equal and earlier ones.
+
+    By comparing all pairs.
+    """
+    columns = scores.T.contiguous()  # whole columns are compared, which lie side by side
+    ranks = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
+    for j in range(1, len(columns)):
+        not_below = columns[:j] <= columns[j]  # these come before it
+        ranks[j] += not_below.sum(0, dtype=torch.int8)
+        ranks[:j] += ~not_below
+    return ranks
 
 
 def refuse_nan(scores: Tensor, what: str) -> None:

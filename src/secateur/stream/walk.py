@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.collect.batches import Batch
-from secateur.core.errors import StatsError
+from secateur.core.errors import SecateurError, StatsError
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.order import listening, measuring
 from secateur.reconstruct.passes import Chain, Enough, candidates, chain_of
@@ -74,10 +74,11 @@ class Walk:
             self._answer(i, stack)
             if stop is not None and self.done < stop <= len(self.chain.blocks):
                 stack.callback(_ending(self._block(stop - 1), found))
+            number = i * ranks.count() + ranks.rank()
             # Models that draw in their forward pass draw the same every time, whichever process runs it.
-            torch.manual_seed(i * ranks.count() + ranks.rank())
+            torch.manual_seed(number)
             with suppress(Enough):
-                self.data[i].forward(self.model)
+                self._forward(i, number)
         return found[0] if found else None
 
     def advance(self, stop: int, weights: Weights | None = None) -> None:
@@ -102,6 +103,17 @@ class Walk:
             # What the others return goes into a block that is done; the model may write to that of the last.
             answer = copied(trees[slot]) if k == slot else trees[slot]
             stack.enter_context(_answering(self._block(k), answer))
+
+    def _forward(self, i: int, number: int) -> None:
+        try:
+            self.data[i].forward(self.model)
+        except (SecateurError, Enough):
+            raise
+        except Exception as error:  # a forward pass can fail in as many ways as there are models
+            raise StatsError(
+                f"{type(self.model).__name__} fails on batch {number}: {first_line(error)} Batches hold the "
+                "arguments of the model."
+            ) from error
 
     def _block(self, k: int) -> nn.Module:
         return self.model.get_submodule(self.chain.blocks[k])
