@@ -1,4 +1,4 @@
-"""A full disk, told by files that cannot grow: one sentence, and the same call goes on once there is space."""
+"""A full disk, told by files that cannot grow: one sentence; the same call goes on once there is space."""
 
 from __future__ import annotations
 

@@ -114,6 +114,7 @@ def prune_checkpoint(
     if source.resolve() == out.resolve():
         raise ArtifactError(f"{out} is the model's own folder: choose another, the original is kept.")
     pattern = pattern or Unstructured()
+    Job(solver, pattern, {}, correction)  # settings that mean nothing are refused before anything is read
     model = Source(source)
     selection, consumers = visible(
         model.model, select(model.model, where, valueless=True, experts=True), solver, where

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import NonFiniteError, StatsError
+from secateur.core.errors import NonFiniteError, SecateurError, StatsError
 from secateur.core.names import Expert, Target
 from secateur.core.topk import count
 from secateur.patterns import Pattern
@@ -65,6 +65,10 @@ class Job:
     shares: Mapping[str, float]
     correction: float | None = None
     stored: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.correction is not None and not self.correction > 0:
+            raise SecateurError(f"correction is a damping, above 0; got {self.correction}.")
 
     def rounded(self, name: str, weight: Tensor) -> Tensor:
         """The weight as it will be read back."""
