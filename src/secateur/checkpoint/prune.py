@@ -69,6 +69,7 @@ def prune_checkpoint(
     correction: float | None = None,
     reconstruct: Reconstruct | None = None,
     spill: int = 4 * _GB,
+    device: torch.device | str = "cpu",
 ) -> Report:
     """Prune the blocks of a Hugging Face model folder into another folder, in the memory of one block.
 
@@ -95,6 +96,7 @@ def prune_checkpoint(
         correction: see `prune_`.
         reconstruct: see `prune_`.
         spill: bytes of hidden states that are kept in memory as well as in files.
+        device: on which blocks are run and solved.
 
     Returns:
         The report, as in the folder.
@@ -115,7 +117,7 @@ def prune_checkpoint(
         raise ArtifactError(f"{out} is the model's own folder: choose another, the original is kept.")
     pattern = pattern or Unstructured()
     Job(solver, pattern, {}, correction)  # settings that mean nothing are refused before anything is read
-    model = Source(source)
+    model = Source(source, device=device)
     selection, consumers = visible(
         model.model, select(model.model, where, valueless=True, experts=True), solver, where
     )
@@ -124,7 +126,7 @@ def prune_checkpoint(
             raise SecateurError(f"{t.name} is the output head, which is not read block by block.")
     for t in selection.targets:
         pattern.check(t.shape, t.run, t.name)
-    data = list(as_batches(batches, torch.device("cpu"), f"{solver} fits weights to data"))
+    data = list(as_batches(batches, model.device, f"{solver} fits weights to data"))
     settings = {
         "criterion": repr(solver),
         "sparsity": "as allocated" if sparsity is None else repr(sparsity),
@@ -141,7 +143,8 @@ def prune_checkpoint(
     output = Output(out, model)
     with model.ending_before_the_head():
         journal = output.journal(key)
-        chain = journal.chain if journal else _chain(model, consumers, data)
+        # One chain for all processes: their first examples may reach other experts.
+        chain = journal.chain if journal else ranks.share(_chain(model, consumers, data), 0)
         selection, consumers = called(selection, consumers, chain, solver, where)
         output.targets.update({t.name: t for t in selection.targets})
         if journal is None:

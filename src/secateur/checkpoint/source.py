@@ -38,14 +38,17 @@ class Source:
     Args:
         folder: with configuration and safetensors.
         dtype: in which the model works.
+        device: on which it does.
 
     Raises:
         ArtifactError: something is missing, corrupt or unknown.
         StreamError: the files hold the weights in another form than the model.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         config = read_config(folder)
         cls = architecture(folder, config, None)
         self.shards = Shards.open(folder)
@@ -130,12 +133,16 @@ class Source:
                     f"The files in {self.folder} do not belong together: {n} is {tuple(value.shape)} in the "
                     f"weights and {tuple(self._empty[n].shape)} by config.json."
                 )
-            self._set(n, nn.Parameter(value.to(self.dtype), requires_grad=False))
+            self._set(n, nn.Parameter(value.to(self.device, self.dtype), requires_grad=False))
 
     def _load_buffers(self) -> None:
-        own = {n: b for n, b in self.model.named_buffers() if n in self.keys}
-        for n, b in own.items():
-            b.copy_(self.shards.read(self.keys[n]))
+        for n, b in self.model.named_buffers():
+            if n in self.keys:
+                b.copy_(self.shards.read(self.keys[n]))
+        for module in self.model.modules():
+            for key, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[key] = b.to(self.device)
 
     def _set(self, name: str, value: Tensor) -> None:
         for module, key in self._places[id(self._empty[name])]:
