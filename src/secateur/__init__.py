@@ -32,6 +32,7 @@ from secateur.core.errors import (
     SelectionError,
     SparsityError,
     StatsError,
+    StreamError,
     SurgeryError,
 )
 from secateur.core.names import Where, select
@@ -188,6 +189,7 @@ __all__ = [
     "SparseGPT",
     "SparsityError",
     "StatsError",
+    "StreamError",
     "Surgery",
     "SurgeryError",
     "SynFlow",

@@ -250,7 +250,7 @@ def load_all(folder: Path) -> dict[str, Tensor]:
 
 def test_a_model_without_blocks_is_refused(tmp_path: Path) -> None:
     batches = saved("albert", tmp_path / "dense")
-    refused(tmp_path / "dense", tmp_path / "out", StatsError, "prune it in memory", batches=batches)
+    refused(tmp_path / "dense", tmp_path / "out", sc.StreamError, "prune it in memory", batches=batches)
 
 
 def test_an_earlier_result_is_replaced_only_at_the_end(

@@ -15,7 +15,7 @@ from secateur.reconstruct.consumers import Consumer, consumers_of
 from secateur.reconstruct.passes import Chain
 from secateur.reconstruct.stacks import experts_of
 from secateur.solvers import Solver
-from secateur.stream.solving import kind_of
+from secateur.stream.stages import kind_of
 from secateur.stream.walk import Weights, enterable, first_line
 
 _UNHEARD = "its module is not called with the first example"

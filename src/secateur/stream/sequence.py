@@ -9,7 +9,9 @@ from secateur.core.names import Target
 from secateur.progress import track
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.passes import Chain
-from secateur.stream.solving import Dense, Done, Job, called_once, known_order, solve_block_
+from secateur.stream.measuring import Dense
+from secateur.stream.solving import Done, Job, solve_block_
+from secateur.stream.stages import called_once, known_order
 from secateur.stream.states import States
 from secateur.stream.tuning import Reconstruct, reconstruct_
 from secateur.stream.walk import InMemory, Walk, Weights
