@@ -4,7 +4,7 @@
                                 [--out benchmarks/results/blocks.jsonl]
 
 For each model: the chain of its blocks and behind how many of them it may be entered (`enterable`); then,
-told by other means, the output of the whole model against its output with the first 1, 2, ... blocks answered by
+told by other means, the output of the whole model against that with the first 1, 2, ... blocks answered by
 what they returned (largest difference, relative to the output's spread); then pruned by SparseGPT to 50 %,
 sparsity counted, layers that cannot be solved left out with the reason. Each model has a process of its own,
 one thread and 180 seconds. Written beside the results: `blocks.md`.
@@ -65,23 +65,34 @@ def worker(name: str) -> None:
 
 
 def agreement(model: torch.nn.Module, batch: Batch, chain: Any, limit: int) -> float:
-    """Largest difference of outputs between whole passes and those that begin behind blocks."""
+    """Largest difference between whole passes and those that begin behind blocks, relative to the spread.
+
+    Of the model's outputs; where not all blocks can be entered behind, of what the next block returns.
+    """
+    known: dict[int, Any] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, out, i=i: known.setdefault(i, out))
+        for i, name in enumerate(chain.blocks)
+    ]
     with measuring(model):
         torch.manual_seed(0)
-        expected = zoo.tensors(batch.forward(model))
+        known[-1] = batch.forward(model)
+    for handle in handles:
+        handle.remove()
+    whole = limit == len(chain.blocks)
     walk, worst = Walk(model, chain, [batch], States()), 0.0
-    for n in range(1, min(limit, len(chain.blocks)) + 1):
+    for n in range(1, limit + 1):
         walk.advance(n)
         found: list[Any] = []
-        handle = model.register_forward_hook(lambda m, a, out, f=found: f.append(out))
+        module = model if whole else model.get_submodule(chain.blocks[n])
+        handle = module.register_forward_hook(lambda m, a, out, f=found: f.append(out))
         with measuring(model):
-            walk.run(0)
+            walk.run(0, None if whole else n + 1)
         handle.remove()
-        for a, b in zip(zoo.tensors(found[0]), expected, strict=True):
+        for a, b in zip(zoo.tensors(found[0]), zoo.tensors(known[-1 if whole else n]), strict=True):
             if a.shape != b.shape:
                 return float("inf")
             if b.numel() and b.is_floating_point():
-                # What later blocks do not use (states of blocks that are done) is no matter here.
                 worst = max(worst, float((a - b).abs().max() / b.std(correction=0).clamp(min=1e-3)))
     return worst
 

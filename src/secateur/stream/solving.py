@@ -24,7 +24,7 @@ from secateur.stream.stages import groups_of, known_order, order_behind, togethe
 from secateur.stream.sums import Sums
 from secateur.stream.walk import Walk
 
-_UNSEEN = "no token of the data reaches it, though it reaches its siblings: pruned by magnitude."
+_UNSEEN = "no token of the data reaches it: pruned by magnitude."
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +153,9 @@ def _solve_(
             owners[c.name] = number % ranks.count()
             number += 1
             if owners[c.name] != ranks.rank():
+                continue
+            if not found.tokens:  # called, but with nothing
+                done[c.name] = _solve_unseen_(job, targets[c.name])
                 continue
             try:
                 objective = objective or Quadratic(found.gram, job.solver.damping)
