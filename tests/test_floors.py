@@ -15,8 +15,8 @@ FLOORS = [
     "stats criteria patterns schedules allocation solvers budget",
     "masks collect batchnorm measure operators record inspection progress printing graph surgery callsites "
     "swaps",
-    "prune oneshot layerwise shrink shrunk dropped scoring selection reconstruct layers stream training "
-    "lottery int8 lora",
+    "prune oneshot levels layerwise shrink shrunk dropped scoring selection reconstruct layers stream "
+    "training lottery int8 lora",
     "runtime artifacts checkpoint report pages shrink_page integrations",
     "recipe cli demo testing __init__ __main__",
 ]

@@ -67,6 +67,7 @@ from secateur.layers import (
     stacks,
 )
 from secateur.layerwise import LayerSensitivity, Sensitivity, sensitivity
+from secateur.levels import Measured, Tried, by_error, by_search
 from secateur.lora import LoraError, LoraHold, Merged, hold_lora, merge_lora_
 from secateur.masks import Hold, Masks
 from secateur.measure import Latency, Measurement, measure
@@ -164,6 +165,7 @@ __all__ = [
     "Magnitude",
     "MaskError",
     "Masks",
+    "Measured",
     "Measurement",
     "Member",
     "Merged",
@@ -199,11 +201,14 @@ __all__ = [
     "TaylorSquared",
     "Threshold",
     "Tokens",
+    "Tried",
     "Unstructured",
     "Wanda",
     "Where",
     "angular_distance",
     "block_influence",
+    "by_error",
+    "by_search",
     "collect",
     "custom",
     "drop_layers_",

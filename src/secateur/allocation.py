@@ -49,7 +49,7 @@ Allocation = Callable[[Sequence[Layer], float | None], dict[str, float]]
 def uniform(layers: Sequence[Layer], sparsity: float | None) -> dict[str, float]:
     """The same sparsity in every layer."""
     total = _asked(layers, sparsity, "uniform")
-    return _round(layers, [_given(sparsity) * layer.units for layer in layers], total)
+    return rounded(layers, [_given(sparsity) * layer.units for layer in layers], total)
 
 
 def global_(layers: Sequence[Layer], sparsity: float | None) -> dict[str, float]:
@@ -79,7 +79,7 @@ def erk(layers: Sequence[Layer], sparsity: float | None) -> dict[str, float]:
             break
         whole |= over  # epsilon only grows by this, so none of them would have come back under 1
     removed = [0.0 if i in whole else layers[i].units - scale * raw[i] for i in range(len(layers))]
-    return _round(layers, removed, total)
+    return rounded(layers, removed, total)
 
 
 def lamp(layers: Sequence[Layer], sparsity: float | None) -> dict[str, float]:
@@ -198,7 +198,7 @@ class OWL:
         for share, members in zip(shares, blocks.values(), strict=True):
             for i in members:
                 extra[i] = (share - low) * stretch
-        return _round(layers, _shifted([layer.units for layer in layers], extra, total), total)
+        return rounded(layers, _shifted([layer.units for layer in layers], extra, total), total)
 
     def _outliers(self, layers: Sequence[Layer]) -> float:
         """Share of a block's scores above `outlier` times their mean; weights that are gone have none."""
@@ -300,7 +300,7 @@ def _ranked(layers: Sequence[Layer], scores: Sequence[Callable[[], Tensor]], tot
     return {layer.name: n / max(1, layer.units) for layer, n in zip(layers, taken, strict=True)}
 
 
-def _round(layers: Sequence[Layer], exact: Sequence[float], total: int) -> dict[str, float]:
+def rounded(layers: Sequence[Layer], exact: Sequence[float], total: int) -> dict[str, float]:
     """Whole numbers of units near `exact` that sum to `total`, as sparsities."""
     floors = [min(layer.units, max(0, math.floor(x))) for layer, x in zip(layers, exact, strict=True)]
     left = total - sum(floors)

@@ -56,6 +56,7 @@ class Output:
         if ranks.rank() == 0:
             with refusing(f"{self.folder} cannot be made"):
                 shutil.rmtree(self.folder, ignore_errors=True)
+                refuse_foreign(self.out)
                 self.folder.mkdir(parents=True)
                 sync(self.out)
         ranks.wait()

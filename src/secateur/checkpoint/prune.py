@@ -172,7 +172,7 @@ def _chain(model: Source, consumers: Sequence[Consumer], data: Sequence[Batch]) 
     """The chain of blocks, checked; nothing is written before."""
     route = route_of(model.model, consumers, data, model)
     blocks = route.chain.blocks
-    outside = [c.name for c in consumers if model.blocks_of[c.name] not in (None, *blocks)]
+    outside = [c.name for c in consumers if model.blocks_of[c.parameter] not in (None, *blocks)]
     why = route.why if route.limit < max(1, len(blocks) - 1) else None
     if why is None and outside:
         why = f"{outside[0]} is in no block that runs once"
