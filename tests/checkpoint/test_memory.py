@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import checkpoint_memory as benchmark
 
-BLOCKS = 16  # 570 MB
+BLOCKS = 12  # 460 MB
 LIMIT = 1.2e9  # bytes, 0.9e9 of which libraries take
 
 

@@ -19,7 +19,20 @@ from secateur.core.errors import ArtifactError, NonFiniteError, PatternError, St
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about configurations
 
-ARCHITECTURES = ("llama", "opt", "bloom", "gptj", "gpt_neox", "gpt2", "qwen2", "mamba", "t5", "bert", "vit")
+ARCHITECTURES = (
+    "llama",
+    "opt",
+    "bloom",
+    "gptj",
+    "gpt_neox",
+    "gpt2",
+    "qwen2",
+    "gpt_oss",
+    "mamba",
+    "t5",
+    "bert",
+    "vit",
+)
 
 
 def saved(name: str, folder: Path, **options: Any) -> list[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ import torch
 torch.set_num_threads(1)
 import secateur as sc
 from secateur.checkpoint.output import Output
-from secateur.stream import ranks
+from secateur.stream import ranks, sequence
 
 class Stop(Exception):
     pass
@@ -59,6 +59,14 @@ with ranks.start():
         prune(f"{name}-plain")
         prune(f"{name}-corrected", correction=0.1)
         prune(f"{name}-owl", allocation=sc.owl)
+        tuned, tune = [], sequence.reconstruct_
+        def noted(walk, dense, masks, *given):
+            found = tune(walk, dense, masks, *given)
+            tuned.extend(float(t.weight.double().sum()) for t in masks)
+            return found
+        sequence.reconstruct_ = noted
+        prune(f"{name}-tuned", reconstruct=sc.Reconstruct(epochs=1))
+        (folder / f"{name}-tuned-{ranks.rank()}").write_text(repr(tuned))
         stopped(f"{name}-stopped", 2)
         prune(f"{name}-stopped")
         try:
@@ -121,6 +129,16 @@ def test_two_processes_give_what_one_gives(how: str, pruned: Path) -> None:
     dense, pruned_two = sc.load(pruned / f"one-{how}"), sc.load(pruned / f"two-{how}")
     ids = torch.arange(32)[None]
     torch.testing.assert_close(dense(ids).logits, pruned_two(ids).logits, rtol=0.01, atol=0.01)
+
+
+def test_processes_tune_the_same_weights(pruned: Path) -> None:
+    texts = [(pruned / f"two-tuned-{rank}").read_text() for rank in range(2)]
+    assert texts[0] == texts[1] != "[]"
+    one, two = (
+        sum(layer["error"] for layer in read(pruned / f"{name}-tuned")[1]["layers"])
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["one", "two"])

@@ -145,6 +145,8 @@ def prune(
                 _streamed(asked)
             return
         except StreamError as error:
+            if ranks.started():
+                raise  # each process would load, prune and save the whole model
             why = f"In memory, not block by block: {error}"
     _whole(asked, why)
 

@@ -131,7 +131,7 @@ def order_of(
                 batch.forward(model)
             else:
                 run(i, batch)
-            _merge(order, calls)
+            merge(order, calls)
             times.append(Counter(calls))
             calls.clear()
     by_name = {c.name: c for c in consumers}
@@ -141,7 +141,7 @@ def order_of(
     return Order(tuple(tuple(stage) for stage in stages.values()), tuple(times))
 
 
-def _merge(order: list[str], calls: Sequence[str]) -> None:
+def merge(order: list[str], calls: Sequence[str]) -> None:
     """Enter layers that a batch called for the first time (experts) behind what it called before them."""
     at = -1
     for name in dict.fromkeys(calls):

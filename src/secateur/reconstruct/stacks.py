@@ -36,11 +36,10 @@ class _Products(TorchFunctionMode):
     def __init__(self, model: nn.Module, consumers: Sequence[Consumer], hear: Callable[..., None]) -> None:
         super().__init__()
         self._hear = hear
-        self._stacks: dict[int, dict[int, tuple[Consumer, nn.Module]]] = {}
+        self._stacks: dict[tuple[nn.Module, str], dict[int, Consumer]] = {}
         for c in consumers:
             module = model.get_submodule(c.holders[0])
-            weight = module._parameters[c.parameter.rpartition(".")[2]]
-            self._stacks.setdefault(id(weight), {})[c.expert] = c, module
+            self._stacks.setdefault((module, c.parameter.rpartition(".")[2]), {})[c.expert] = c
         self._members: dict[int, tuple[weakref.ref[Tensor], Consumer, nn.Module]] = {}
 
     def __torch_function__(
@@ -52,10 +51,11 @@ class _Products(TorchFunctionMode):
             if known is not None and known[0]() is args[1]:
                 self._hear(known[1], known[2], args[0])
         result = func(*args, **kwargs)
-        if func is Tensor.__getitem__ and id(args[0]) in self._stacks and _is_number(args[1]):
-            found = self._stacks[id(args[0])].get(int(args[1]))
-            if found is not None:
-                self._members[id(result)] = weakref.ref(result), *found
+        if func is Tensor.__getitem__ and isinstance(args[0], nn.Parameter) and _is_number(args[1]):
+            # Looked up now: the weights of a block come and go while this holds.
+            for (module, key), experts in self._stacks.items():
+                if module._parameters[key] is args[0] and int(args[1]) in experts:
+                    self._members[id(result)] = weakref.ref(result), experts[int(args[1])], module
         return result
 
 

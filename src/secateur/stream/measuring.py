@@ -13,6 +13,7 @@ from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.measure import Rows, Tokens
 from secateur.reconstruct.order import Inputs, Order, Stage, check_shared, listening, measuring
 from secateur.reconstruct.passes import Enough
+from secateur.stream import ranks
 from secateur.stream.stages import groups_of, stop_of
 from secateur.stream.sums import Sums
 from secateur.stream.walk import Walk
@@ -92,7 +93,7 @@ def sums_of(walk: Walk, stages: Sequence[Stage], order: Order, dense: Dense | No
     check_shared(groups, inputs)
     for group in groups:
         sums = leaders[group[0].name]
-        if group[0].name in unpaired:
+        if ranks.any_(group[0].name in unpaired):
             sums.unpair()
         sums.all_reduce(group[0].inputs, walk.data_device)
     return leaders

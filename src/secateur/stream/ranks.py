@@ -16,10 +16,15 @@ from secateur.core.errors import SecateurError
 T = TypeVar("T")
 
 
+def started() -> bool:
+    """Whether `torchrun` started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def start() -> Iterator[None]:
     """While this holds, the processes that `torchrun` started know of each other; for one alone, nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if not started() or dist.is_initialized():
         yield
         return
     dist.init_process_group("gloo")

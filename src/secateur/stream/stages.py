@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.core.errors import StatsError
 from secateur.reconstruct.consumers import Consumer
 from secateur.reconstruct.measure import Rows, Tokens
-from secateur.reconstruct.order import Order, Stage, listening, measuring, order_of
+from secateur.reconstruct.order import Order, Stage, listening, measuring, merge, order_of
 from secateur.solvers import Solver
 from secateur.stream import ranks
 from secateur.stream.sums import Sums
@@ -78,28 +78,28 @@ def order_behind(walk: Walk, consumers: Sequence[Consumer]) -> tuple[Order, tupl
         walk.run(i, stop)
 
     with listening(walk.model, consumers, hear):
-        order = _agreed(order_of(walk.model, consumers, walk.data, run))
-    if not first or (ranks.several() and len(set(ranks.gather(first[0]))) > 1):
+        order = _agreed(order_of(walk.model, consumers, walk.data, run), consumers)
+    if len(set(ranks.gather(first[0] if first else ""))) > 1 or not first:
         return order, None
     by_name = {c.name: c for c in consumers}
     sums.all_reduce(by_name[first[0]].inputs, walk.data_device)
     return order, (first[0], sums)
 
 
-def _agreed(order: Order) -> Order:
-    """The same stages in all processes: layers share their inputs only if they do in each of them."""
+def _agreed(order: Order, consumers: Sequence[Consumer]) -> Order:
+    """The same stages in all processes: layers share their inputs if they do in each that has seen them."""
     if not ranks.several():
         return order
-    at = [{c: k for k, names in enumerate(stages) for c in names} for stages in ranks.gather(_names(order))]
-    consumers = {c.name: c for stage in order.stages for c in stage}
-    everywhere = [name for stages in ranks.gather(_names(order)) for names in stages for name in names]
-    if set(everywhere) - set(consumers):
-        # Experts that this process has not seen; it takes part in their sums with zeros.
-        raise StatsError("Ranks saw different layers.")
-    stages: dict[tuple[Any, ...], list[Consumer]] = {}
-    for name in dict.fromkeys(everywhere):
-        stages.setdefault(tuple(a.get(name, name) for a in at), []).append(consumers[name])
-    return Order(tuple(tuple(s) for s in stages.values()), order.calls)
+    by_name = {c.name: c for c in consumers}
+    seen = ranks.gather(_names(order))
+    at = [{c: k for k, names in enumerate(stages) for c in names} for stages in seen]
+    everywhere: list[str] = []
+    for stages in seen:  # experts that only some have seen stand behind what was called before them
+        merge(everywhere, [name for names in stages for name in names])
+    agreed: dict[tuple[int | None, ...], list[Consumer]] = {}
+    for name in everywhere:
+        agreed.setdefault(tuple(a.get(name) for a in at), []).append(by_name[name])
+    return Order(tuple(tuple(stage) for stage in agreed.values()), order.calls)
 
 
 def _names(order: Order) -> list[list[str]]:
@@ -172,11 +172,12 @@ def _independent(walk: Walk, stages: Sequence[Stage]) -> bool:
         handle.remove()
         weight.requires_grad_(wanted)
     reached = [x for x in inputs if x.requires_grad]
-    if not reached or not outputs:
-        return True
-    with torch.enable_grad():
-        gradients = torch.autograd.grad([x.sum() for x in reached], outputs, allow_unused=True)
-    return all(g is None for g in gradients)
+    depends = False
+    if reached and outputs:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad([x.sum() for x in reached], outputs, allow_unused=True)
+        depends = any(g is not None for g in gradients)
+    return not ranks.any_(depends)
 
 
 def groups_of(stages: Sequence[Stage]) -> list[list[Consumer]]:

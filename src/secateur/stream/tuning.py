@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.core.errors import SecateurError
 from secateur.core.names import Target
 from secateur.reconstruct.order import measuring
+from secateur.stream import ranks
 from secateur.stream.solving import Job
 from secateur.stream.walk import Walk
 
@@ -64,28 +65,34 @@ def reconstruct_(
     """
     keep = {t: t.layout.restore(m, t.weight.shape) for t, m in masks.items()}
     batches = range(len(walk.data))
-    held_out = [i for i in batches if i % _HELD_OUT == _HELD_OUT - 1]
-    training = [i for i in batches if i not in held_out] if held_out else list(batches)
+    held_out = [i for i in batches if (i * ranks.count() + ranks.rank()) % _HELD_OUT == _HELD_OUT - 1]
+    training = [i for i in batches if i not in held_out]
+    judged = held_out if ranks.any_(bool(held_out)) else training
+    most = max(ranks.gather(len(training)))  # steps of an epoch: each process takes a batch of its own
+    weights = [t.weight for t in masks]
     groups = [{"params": [t.weight], "lr": settings.rate * _size(t.weight, keep[t])} for t in masks]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = settings.epochs * len(training)
+    steps = settings.epochs * most
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps)
     )
     generator = torch.Generator().manual_seed(settings.seed)
     with measuring(walk.model), _training(walk.model, [t.weight for t in masks]):
-        first = best = _loss(walk, dense, held_out or training)
+        first = best = _loss(walk, dense, judged)
         kept = [t.weight.detach().clone() for t in masks]
         for _ in range(settings.epochs):
-            for k in torch.randperm(len(training), generator=generator).tolist():
-                with torch.enable_grad():
-                    _distance(walk, dense, training[k]).backward()
+            order = torch.randperm(len(training), generator=generator).tolist()
+            for k in range(most):
+                if k < len(order):
+                    with torch.enable_grad():
+                        _distance(walk, dense, training[order[k]]).backward()
+                _average_(weights, k < len(order))
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
                 for t in masks:
                     t.weight.mul_(keep[t])
-            if (now := _loss(walk, dense, held_out or training)) < best:
+            if (now := _loss(walk, dense, judged)) < best:
                 best, kept = now, [t.weight.detach().clone() for t in masks]
         for t, weight in zip(masks, kept, strict=True):
             t.weight.copy_(job.rounded(t.name, weight))
@@ -97,7 +104,22 @@ def _size(weight: Tensor, keep: Tensor) -> float:
 
 
 def _loss(walk: Walk, dense: Walk, batches: Sequence[int]) -> float:
-    return math.fsum(float(_distance(walk, dense, i)) for i in batches) / len(batches)
+    """Mean over the batches of all processes."""
+    total = math.fsum(float(_distance(walk, dense, i)) for i in batches)
+    found = torch.tensor([total, len(batches)], dtype=torch.float64)
+    ranks.add_(found)
+    return float(found[0] / found[1])
+
+
+def _average_(weights: Sequence[Tensor], mine: bool) -> None:
+    """Gradients averaged over the processes that had a batch, the same bits in each."""
+    if not ranks.several():
+        return
+    several = ranks.total(int(mine))
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        ranks.add_(weight.grad)
+        weight.grad /= several
 
 
 def _distance(walk: Walk, dense: Walk, i: int) -> Tensor:
