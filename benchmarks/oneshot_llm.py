@@ -185,7 +185,9 @@ def write_table() -> None:
     lines = ["# One-pass pruning of SmolLM2-135M", "", "Written by `python -m benchmarks.oneshot_llm`."]
     lines += [
         f"Perplexity on {WINDOWS} windows of 1,024 tokens of WikiText-2's test text; dense "
-        f"{dense['perplexity']:.2f}. In brackets the mean error of layers, on the calibration data / others."
+        f"{dense['perplexity']:.2f}. In brackets the mean error of layers, on the calibration data / others; "
+        "those of a corrected row are against other targets on the calibration data, and on others against "
+        "the dense weights, which it means to leave."
     ]
     sizes = {r["samples"] for r in rows if r["cell"] != "dense"}
     for samples in sorted(sizes):
