@@ -41,7 +41,7 @@ class Reconstruct:
     """
 
     epochs: int = 4
-    rate: float = 0.01
+    rate: float = 0.02
     seed: int = 0
 
     def __post_init__(self) -> None:
