@@ -34,7 +34,7 @@ from secateur.patterns import Pattern, Unstructured
 from secateur.record import LayerRecord, Report
 from secateur.solvers import Solver
 from secateur.stats import Stats
-from secateur.stream.tuning import Reconstruct
+from secateur.stream.tuning import Reconstruct, error_notes
 
 
 def prune_(
@@ -164,7 +164,7 @@ def prune_(
         selection.skipped,
         before,
         after,
-        (*notes, *_remarks(records)),
+        (*notes, *error_notes(correction, reconstruct), *_remarks(records)),
         {"pruning": selected - started, "measuring": time.perf_counter() - selected},
         masks,
     )

@@ -36,7 +36,7 @@ from secateur.stream.choose import called, route_of, visible
 from secateur.stream.sequence import segments, solve_all_
 from secateur.stream.solving import Done, Job
 from secateur.stream.states import States
-from secateur.stream.tuning import Reconstruct
+from secateur.stream.tuning import Reconstruct, error_notes
 from secateur.stream.walk import Walk
 
 _GB = 1 << 30
@@ -155,7 +155,7 @@ def prune_checkpoint(
         else:
             output.resume()
         if not journal.shares:
-            layers = _layers(model, selection.targets, pattern, journal, consumers, data, output)
+            layers = _layers(model, selection.targets, pattern, journal, consumers, data)
             journal.shares = shares_of(layers, allocation, sparsity)
             output.keep(journal)
         job = Job(solver, pattern, journal.shares, correction, model.stored())
@@ -163,7 +163,7 @@ def prune_checkpoint(
         groups = segments(chain, len(chain.blocks), consumers)
         if journal.next <= max(groups):
             _solve(plan, journal, output, groups, reconstruct, spill, started)
-    report = _report(plan, journal)
+    report = _report(plan, journal, error_notes(correction, reconstruct))
     output.finish(report)
     return report
 
@@ -191,7 +191,6 @@ def _layers(
     journal: Journal,
     consumers: Sequence[Consumer],
     data: Sequence[Batch],
-    output: Output,
 ) -> list[Layer]:
     """Layers for the allocation; scores are Wanda's, of one walk of the dense model when first asked for."""
     found: dict[str, Tensor] = {}
@@ -267,7 +266,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _report(plan: _Plan, journal: Journal) -> Report:
+def _report(plan: _Plan, journal: Journal, remarks: tuple[str, ...]) -> Report:
     records = []
     for t in plan.selection.targets:
         one = journal.layers[t.name]
@@ -275,6 +274,7 @@ def _report(plan: _Plan, journal: Journal) -> Report:
         records.append(LayerRecord(t.name, shape, journal.shares[t.name], one.removed, one.zeros, one.error))
     before, after = _measurements(plan.source, journal)
     notes = [f"{name}: {note}" for name, one in journal.layers.items() for note in one.notes]
+    notes += remarks
     notes.append(
         "Zeros in dense tensors: files and dense kernels do not get smaller or faster by themselves."
     )

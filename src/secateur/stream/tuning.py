@@ -49,6 +49,16 @@ class Reconstruct:
             raise SecateurError(f"{self}: epochs are at least 1 and the rate is above 0.")
 
 
+def error_notes(correction: float | None, reconstruct: Reconstruct | None) -> tuple[str, ...]:
+    """What the errors of layers in a report are not, once targets are shifted or weights tuned."""
+    notes = []
+    if correction is not None:
+        notes.append("Errors of layers are against their corrected targets, not the dense layer's outputs.")
+    if reconstruct is not None:
+        notes.append("Errors of layers are those before their block was tuned.")
+    return tuple(notes)
+
+
 def reconstruct_(
     walk: Walk, dense: Walk, masks: Mapping[Target, Tensor], settings: Reconstruct, job: Job
 ) -> float:
