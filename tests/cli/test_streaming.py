@@ -154,3 +154,61 @@ def test_two_processes_give_one_result(llama: Path, ids: Path, tmp_path: Path) -
     one, two = (weights(outs[n]) for n in (1, 2))
     same = [((one[name] == 0) == (two[name] == 0)).float().mean().item() for name in one]
     assert min(same) > 0.98, "rounding of sums in another order decides a few entries"
+
+
+@pytest.mark.parametrize("how", ["search", "error"])
+def test_a_measured_allocation_is_a_file_that_prune_takes(
+    llama: Path, ids: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    shares = tmp_path / "shares.json"
+    words = ("allocate", llama, "--data", ids, "--sparsity", 0.6, "--how", how, "--out", shares)
+    assert run(*words, "--generations", 3, "--step", 0.1, "--work", tmp_path / "work") == 0
+    text = capsys.readouterr().out
+    assert "uniform" in text
+    assert "by error" in text
+    measured = sc.Measured.load(shares)
+    assert len(set(measured.shares.values())) > 1
+    out = tmp_path / "out"
+    words = ("prune", llama, "--method", "sparsegpt", "--sparsity", 0.6, "--data", ids, "--out", out)
+    assert run(*words, "--allocation", shares) == 0
+    report = json.loads((out / "report.json").read_text())
+    total = pruned = 0
+    for layer in report["layers"]:
+        assert layer["sparsity"] == pytest.approx(measured.shares[layer["name"]], abs=1e-3)
+        weight = weights(out)[layer["name"]]
+        total, pruned = total + weight.numel(), pruned + int((weight == 0).sum())
+    assert pruned == round(0.6 * total)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--allocation", "best"), "--allocation is uniform, "),
+        (("--allocation", "missing.json"), "missing.json cannot be read as an allocation"),
+    ],
+)
+def test_no_such_allocation(
+    llama: Path,
+    ids: Path,
+    tmp_path: Path,
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
+    words: Any,
+    said: str,
+) -> None:
+    out = tmp_path / "out"
+    words = ("prune", llama, "--method", "sparsegpt", "--sparsity", 0.5, "--data", ids, "--out", out, *words)
+    assert run(*words) == 1
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_allocation_is_refused_where_it_cannot_be_a_file_for_prune(
+    llama: Path, ids: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("allocate", llama, "--data", ids, "--sparsity", 0.6)
+    assert run(*words, "--out", tmp_path / "shares") == 1
+    assert "--out is a .json file" in capsys.readouterr().err
+    assert run(*words, "--pattern", "2:4", "--out", tmp_path / "shares.json") == 1
+    assert "2" in capsys.readouterr().err
+    assert not (tmp_path / "shares.json").exists()

@@ -15,6 +15,8 @@ from secateur.criteria import OBD, RIA, Magnitude, Wanda
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.solvers import ALPS, OBS, Quadratic, Select, Solver, SparseGPT, fit
 from secateur.solvers.obs import exact
+from secateur.solvers.products import Rough
+from secateur.solvers.repair import descend
 from secateur.testing import check_solver
 
 SOLVERS = (
@@ -258,3 +260,21 @@ def test_bad_input() -> None:
         SparseGPT(block=0)
     with pytest.raises(SecateurError, match="penalty"):
         ALPS(penalty=0)
+
+
+def test_rough_products_are_right_to_two_digits_and_descend_as_far() -> None:
+    draw = torch.Generator().manual_seed(0)
+    A, X = torch.randn(64, 64, generator=draw), torch.randn(48, 64, generator=draw)
+    exact_product = X.double() @ A.double()
+    assert float((Rough(A)(X) - exact_product).norm() / exact_product.norm()) < 0.005
+    objective = Quadratic(A.T @ A / 64 + torch.eye(64))
+    keep = Unstructured().keep(X.abs(), 0.5)
+    fitted = objective.error(fit(X, keep, objective, steps=12), X)
+    rough = descend(X, keep, objective, X, 12, Rough(objective.unit_II))
+    assert not bool(rough[~keep].any())
+    assert objective.error(rough, X) == pytest.approx(fitted, rel=2e-3)
+
+
+def test_sparsegpt_refuses_nan() -> None:
+    with pytest.raises(NonFiniteError, match="A weight holds NaN"):
+        SparseGPT()(torch.full((4, 8), torch.nan), Quadratic(torch.eye(8)), NM(2, 4), 0.5)

@@ -13,6 +13,7 @@ from secateur import demo as job
 from secateur import pages
 from secateur.artifacts import load_hf
 from secateur.cli import choices
+from secateur.cli.allocate import allocate
 from secateur.cli.data import read_data
 from secateur.cli.evaluate import evaluate
 from secateur.cli.options import Also, Exclude, Include, MethodName, PatternText, where_of
@@ -82,6 +83,7 @@ def inspect(
 
 
 app.command()(prune)
+app.command()(allocate)
 app.command()(shrink)
 app.command("eval")(evaluate)
 

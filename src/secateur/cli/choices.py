@@ -8,6 +8,7 @@ from enum import Enum
 
 from secateur import allocation, criteria, scoring, selection, solvers
 from secateur.core.errors import SecateurError
+from secateur.levels import Measured
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.shrink import Repair
 from secateur.stats import ExactDiagonal, HutchinsonDiagonal
@@ -65,8 +66,8 @@ REPAIRS: dict[str, Repair | None] = {"parallel": "parallel", "sequential": "sequ
 
 # Enumerations, so that the help text lists the words.
 Method = Enum("Method", {name: name for name in METHODS}, type=str)  # type: ignore[misc]
+SolverName = Enum("SolverName", {name: name for name in SOLVERS}, type=str)  # type: ignore[misc]
 Pruner = Enum("Pruner", {name: name for name in (*METHODS, *SOLVERS)}, type=str)  # type: ignore[misc]
-AllocationName = Enum("AllocationName", {name: name for name in ALLOCATIONS}, type=str)  # type: ignore[misc]
 
 GroupMethod = Enum("GroupMethod", {name: name for name in GROUP_METHODS}, type=str)  # type: ignore[misc]
 RepairName = Enum("RepairName", {name: name for name in REPAIRS}, type=str)  # type: ignore[misc]
@@ -87,6 +88,17 @@ def pattern(text: str | None, method: str) -> Pattern:
         return Block(int(match[1]), int(match[2]))
     raise SecateurError(
         f"--pattern is unstructured, row, N:M such as 2:4, or ROWSxCOLUMNS such as 4x1; got {text!r}."
+    )
+
+
+def allocation_of(text: str) -> allocation.Allocation:
+    """A name, or a file that `secateur allocate` wrote."""
+    if text in ALLOCATIONS:
+        return ALLOCATIONS[text]
+    if text.endswith(".json"):
+        return Measured.load(text)
+    raise SecateurError(
+        f"--allocation is {', '.join(ALLOCATIONS)}, or a .json file of `secateur allocate`; got {text!r}."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from secateur import pages
+from secateur.allocation import Allocation
 from secateur.artifacts import load, load_hf, save, task_of
 from secateur.checkpoint import Source, amend, prune_checkpoint
 from secateur.cli import choices, shared
@@ -33,8 +34,13 @@ PrunerName = Annotated[
         help="What a weight is worth, or (sparsegpt, alps) a solver, which also fits the weights that stay.",
     ),
 ]
-AllocationName = Annotated[
-    choices.AllocationName, typer.Option("--allocation", help="How much to remove from each layer.")
+AllocationText = Annotated[
+    str,
+    typer.Option(
+        "--allocation",
+        help=f"How much to remove from each layer: {', '.join(choices.ALLOCATIONS)}, or a .json file that "
+        "`secateur allocate` wrote.",
+    ),
 ]
 SparsityValue = Annotated[
     float | None,
@@ -62,7 +68,6 @@ Correction = Annotated[
     ),
 ]
 _MAGNITUDE = choices.Pruner("magnitude")
-_UNIFORM = choices.AllocationName("uniform")
 _CORRECTION = 0.01  # what goes with --reconstruct unless another is given
 
 
@@ -75,7 +80,7 @@ class _Asked:
     method: str
     sparsity: float
     pattern: Pattern
-    allocation: str
+    allocation: Allocation
     where: Where | None
     rounds: int | None
     seed: int
@@ -93,7 +98,7 @@ def prune(
     method: PrunerName = _MAGNITUDE,
     sparsity: SparsityValue = None,
     pattern: PatternText = None,
-    allocation: AllocationName = _UNIFORM,
+    allocation: AllocationText = "uniform",
     data: shared.DataFile = None,
     evaluate: shared.EvalFile = None,
     samples: shared.Samples = 64,
@@ -127,7 +132,7 @@ def prune(
         method.value,
         choices.sparsity(sparsity, chosen),
         chosen,
-        allocation.value,
+        choices.allocation_of(allocation),
         where_of(include, exclude, also),
         rounds,
         seed,
@@ -169,7 +174,7 @@ def _streamed(asked: _Asked) -> None:
         asked.sparsity,
         batches=calibration.batches,
         pattern=asked.pattern,
-        allocation=choices.ALLOCATIONS[asked.allocation],
+        allocation=asked.allocation,
         where=asked.where,
         correction=asked.correction,
         reconstruct=asked.reconstruct,
@@ -206,7 +211,7 @@ def _whole(asked: _Asked, why: str | None) -> None:
         solver() if solver else choices.METHODS[asked.method](asked.seed),
         asked.sparsity,
         pattern=asked.pattern,
-        allocation=choices.ALLOCATIONS[asked.allocation],
+        allocation=asked.allocation,
         where=asked.where,
         batches=calibration.batches if calibration else None,
         loss=calibration.loss if calibration and not solver else None,

@@ -109,7 +109,7 @@ def keep_largest_rows(scores: Shaped[Tensor, "rows n"], remove: int) -> Bool[Ten
     if remove == 0:
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if scores.shape[1] <= _SHORT:
-        return (_ranks_of_columns(scores) >= remove).T.contiguous()
+        return keep_largest_columns(scores.T.contiguous(), remove).T.contiguous()
     kth = scores.kthvalue(remove, dim=1, keepdim=True).values
     keep = scores > kth
     short = (keep.count_nonzero(dim=1) < scores.shape[1] - remove).nonzero().view(-1)
@@ -121,17 +121,28 @@ def keep_largest_rows(scores: Shaped[Tensor, "rows n"], remove: int) -> Bool[Ten
     return keep
 
 
-def _ranks_of_columns(scores: Tensor) -> Tensor:
-    """`[n, rows]`: how many entries of its row go before an entry, smaller or equal and earlier ones.
+def keep_largest_columns(scores: Shaped[Tensor, "n columns"], remove: int) -> Bool[Tensor, "n columns"]:
+    """Mask that drops exactly the `remove` smallest scores of every column; the first ties go.
 
-    By comparing all pairs.
+    For columns of a few entries, in rows that lie side by side; NaN is not looked for.
     """
-    columns = scores.T.contiguous()  # whole columns are compared, which lie side by side
-    ranks = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
-    for j in range(1, len(columns)):
-        not_below = columns[:j] <= columns[j]  # these come before it
-        ranks[j] += not_below.sum(0, dtype=torch.int8)
-        ranks[:j] += ~not_below
+    if len(scores) > _SHORT:
+        return keep_largest_rows(scores.T.contiguous(), remove).T.contiguous()
+    return _ranks_of_columns(scores) >= remove
+
+
+def _ranks_of_columns(scores: Tensor) -> Tensor:
+    """How many entries of its column go before an entry, smaller or equal and earlier ones.
+
+    By comparing all pairs, whole rows at a time.
+    """
+    n = len(scores)
+    ranks = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    ranks[0] = n - 1  # as if all that follow were smaller
+    for j in range(1, n):
+        not_above = (scores[:j] <= scores[j]).view(torch.int8)  # these come before j, so j not before them
+        torch.add(not_above.sum(0, dtype=torch.int8), n - 1 - j, out=ranks[j])
+        ranks[:j] -= not_above
     return ranks
 
 

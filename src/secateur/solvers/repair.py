@@ -5,6 +5,8 @@ Shapes: O outputs, I inputs of a layer's matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -49,15 +51,30 @@ def fit(
         )
     if steps < 0:
         raise SecateurError(f"steps=... is at least 0; got {steps}.")
-    W0 = weight.float()
-    H, scale_I = objective.unit_II, objective.root_I
-    V = (W0 if start is None else start.float()) * keep * scale_I
-    R = (W0 * scale_I - V) @ H
+    first = weight if start is None else start
+    return descend(weight, keep, objective, first, steps, lambda P: P @ objective.unit_II)
+
+
+def descend(
+    weight: Tensor,
+    keep: Tensor,
+    objective: Quadratic,
+    start: Tensor,
+    steps: int,
+    times_H: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Steps of conjugate gradients from `start`, `times_H` doing the products with the scaled H.
+
+    That of the first residual is exact, so rough ones still lead towards the minimum of the right objective.
+    """
+    W0, scale_I = weight.float(), objective.root_I
+    V = start.float() * keep * scale_I
+    R = (W0 * scale_I - V) @ objective.unit_II
     R *= keep
     P = R.clone()
     rr = R.square().sum(1, keepdim=True)
     for _ in range(steps):
-        Q = P @ H
+        Q = times_H(P)
         Q *= keep
         alpha = _ratio(rr, (P * Q).sum(1, keepdim=True))
         V.addcmul_(alpha, P)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.core.topk import count
+from secateur.core.topk import count, keep_largest_columns, refuse_nan
 from secateur.patterns import NM, Block, Pattern, PerRow
 from secateur.solvers.base import Solved
 from secateur.solvers.quadratic import Quadratic
@@ -50,6 +50,7 @@ class SparseGPT:
     ) -> Solved:
         W_OI = weight.float()
         pattern.reachable(W_OI.shape, sparsity)
+        refuse_nan(W_OI, "A weight")
         W_IO = W_OI.T.clone(memory_format=torch.contiguous_format)  # a single row would be its own transpose
         W_IO[objective.dead_I] = 0
         keep_IO = sweep_(W_IO, objective.upper_II, pattern, sparsity, self.block)
@@ -65,47 +66,53 @@ def sweep_(
     block: int,
 ) -> Bool[Tensor, "inputs outputs"]:
     """The sweep, in place; returns what is kept."""
-    inputs, outputs = W_IO.shape
-    by_group = isinstance(pattern, NM) and count(sparsity, W_IO.numel()) == pattern.forced(W_IO.numel())
-    width = _multiple(block, pattern)
-    inner = pattern.m if by_group and isinstance(pattern, NM) else _INNER
+    inputs = len(W_IO)
+    group = pattern if isinstance(pattern, NM) and _fixed(pattern, sparsity, W_IO.numel()) else None
+    width, inner = _multiple(block, pattern), _multiple(_INNER, group) if group else _INNER
     keep_IO = torch.ones_like(W_IO, dtype=torch.bool)
-    E_CO = torch.empty(min(width, inputs), outputs, dtype=W_IO.dtype, device=W_IO.device)
     gone = 0
     for start in range(0, inputs, width):
         stop = min(start + width, inputs)
-        W_CO, keep_CO, E = W_IO[start:stop], keep_IO[start:stop], E_CO[: stop - start]
-        U_CC = U_II[start:stop, start:stop]
-        if not by_group:
+        W_CO, keep_CO, C = W_IO[start:stop], keep_IO[start:stop], stop - start
+        scale_C1 = U_II.diagonal()[start:stop, None]
+        Q_CI = U_II[start:stop, start:] / scale_C1  # so that a removed weight itself is what it passes on
+        E_CO = torch.empty_like(W_CO)
+        if group is None:
             due = _due(pattern, sparsity, W_IO.shape, stop) - gone
-            scores_OC = _scores(W_CO, U_CC)
-            keep_CO.copy_(pattern.keep(scores_OC, due / scores_OC.numel()).T)
+            keep_CO.copy_(pattern.keep((W_CO / scale_C1).square_().T, due / W_CO.numel()).T)
             gone += due
-        for a in range(0, stop - start, inner):
-            b = min(a + inner, stop - start)
-            if by_group:
-                keep_CO[a:b] = pattern.keep(_scores(W_CO[a:b], U_CC[a:b, a:b]), sparsity).T
-            _columns_(W_CO[a:b], U_CC[a:b, a:b], keep_CO[a:b], E[a:b])
-            if b < stop - start:
-                W_CO[b:].addmm_(U_CC[a:b, b:].T, E[a:b], alpha=-1)
+        for a in range(0, C, inner):
+            b = min(a + inner, C)
+            if group is None:
+                _columns_(W_CO[a:b], E_CO[a:b], keep_CO[a:b], Q_CI[a:b, a:b])
+            else:
+                _groups_(W_CO[a:b], E_CO[a:b], keep_CO[a:b], Q_CI[a:b, a:b], scale_C1[a:b], group)
+            if b < C:
+                W_CO[b:].addmm_(Q_CI[a:b, b:C].T, E_CO[a:b], alpha=-1)
         if stop < inputs:
-            W_IO[stop:].addmm_(U_II[start:stop, stop:].T, E, alpha=-1)
+            W_IO[stop:].addmm_(Q_CI[:, C:].T, E_CO, alpha=-1)
+        W_CO -= E_CO  # what is gone passed on itself, what is kept passed on zero
     return keep_IO
 
 
-def _columns_(W_CO: Tensor, U_CC: Tensor, keep_CO: Tensor, E_CO: Tensor) -> None:
-    """A few columns one after the other; `E_CO` takes what each passes on."""
-    gone_CO = ~keep_CO
-    for j in range(len(W_CO)):
-        torch.mul(W_CO[j], gone_CO[j], out=E_CO[j])
-        E_CO[j] /= U_CC[j, j]
-        if j + 1 < len(W_CO):
-            W_CO[j + 1 :].addr_(U_CC[j, j + 1 :], E_CO[j], alpha=-1)
-    W_CO.masked_fill_(gone_CO, 0)
+def _groups_(
+    W_CO: Tensor, E_CO: Tensor, keep_CO: Tensor, Q_CC: Tensor, scale_C1: Tensor, pattern: NM
+) -> None:
+    """Some groups of columns one after the other, each mask chosen when its group is reached."""
+    for a in range(0, len(W_CO), pattern.m):
+        b = a + pattern.m
+        keep_CO[a:b] = keep_largest_columns((W_CO[a:b] / scale_C1[a:b]).abs_(), pattern.m - pattern.n)
+        _columns_(W_CO[a:], E_CO[a:b], keep_CO[a:b], Q_CC[a:b, a:])
 
 
-def _scores(W_CO: Tensor, U_CC: Tensor) -> Tensor:
-    return (W_CO / U_CC.diagonal()[:, None]).square().T
+def _columns_(W_CO: Tensor, E_CO: Tensor, keep_CO: Tensor, Q_CC: Tensor) -> None:
+    """As many columns as `E_CO` has, one after the other, with what they do to all of `W_CO`."""
+    last = len(W_CO) - 1
+    gone_CO = torch.logical_not(keep_CO, out=torch.empty_like(E_CO))  # numbers: a product of types is slower
+    for j, (w, e, gone, q) in enumerate(zip(W_CO, E_CO, gone_CO, Q_CC, strict=False)):
+        torch.mul(w, gone, out=e)
+        if j < last:
+            W_CO[j + 1 :].addr_(q[j + 1 :], e, alpha=-1)
 
 
 def _due(pattern: Pattern, sparsity: float, shape: torch.Size, stop: int) -> int:
@@ -117,6 +124,11 @@ def _due(pattern: Pattern, sparsity: float, shape: torch.Size, stop: int) -> int
         least, most = -(-total // outputs) - (inputs - stop), total // outputs
         return max(least, min(count(sparsity, stop), most)) * outputs
     return count(sparsity, stop * outputs // pattern.unit) * pattern.unit
+
+
+def _fixed(pattern: NM, sparsity: float, entries: int) -> bool:
+    """Whether as many go as the pattern itself removes, so that each group decides alone."""
+    return count(sparsity, entries) == pattern.forced(entries)
 
 
 def _multiple(block: int, pattern: Pattern) -> int:
