@@ -27,7 +27,7 @@ from secateur.core.errors import ArtifactError, MaskError
 from secateur.core.files import replacing
 from secateur.core.names import Where, select, unwrap
 
-_FORMAT = "secateur-masks-1"
+FORMAT = "secateur-masks-1"
 
 
 class Masks(Mapping[str, Tensor]):
@@ -150,7 +150,7 @@ class Masks(Mapping[str, Tensor]):
         """Write to one safetensors file, one bit a weight, atomically."""
         packed = {n: np.packbits(m.cpu().numpy().reshape(-1)) for n, m in self.items()}
         shapes = json.dumps({n: list(m.shape) for n, m in self.items()})
-        metadata = {"format": _FORMAT, "shapes": shapes, "sha256": _digest(shapes, packed)}
+        metadata = {"format": FORMAT, "shapes": shapes, "sha256": _digest(shapes, packed)}
         with replacing(path) as temporary:
             save_file(packed, temporary, metadata)
 
@@ -162,12 +162,12 @@ class Masks(Mapping[str, Tensor]):
         try:
             with safe_open(path, framework="np") as f:
                 meta = f.metadata() or {}
-                if meta.get("format") == _FORMAT:
+                if meta.get("format") == FORMAT:
                     packed = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, not a mapping
         except (SafetensorError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path} is not a safetensors file, or a damaged one: {error}.") from None
-        if meta.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} is not a mask file of this format ({_FORMAT}).")
+        if meta.get("format") != FORMAT:
+            raise ArtifactError(f"{path} is not a mask file of this format ({FORMAT}).")
         shapes = meta.get("shapes", "")
         if meta.get("sha256") != _digest(shapes, packed):
             raise ArtifactError(f"{path} is damaged: its contents do not match their checksum.")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from secateur.artifacts.manifest import NAME, Manifest
 from secateur.core.errors import ArtifactError
+from secateur.core.files import sync
 
 _PREFIX = ".secateur-"
 
@@ -68,8 +69,7 @@ def _exchange(folder: Path, incoming: Path, outgoing: Path, earlier: list[str]) 
     mode = (incoming / NAME).stat().st_mode
     for name in arriving:
         (incoming / name).chmod(mode)
-        with open(incoming / name, "rb") as f:
-            os.fsync(f.fileno())
+        sync(incoming / name)
     leaving = [name for name in dict.fromkeys([*earlier, *arriving]) if (folder / name).exists()]
     moves = [(folder / name, outgoing / name) for name in leaving]
     moves += [(incoming / name, folder / name) for name in arriving]

@@ -18,9 +18,9 @@ from secateur.core.errors import ArtifactError
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_FOLDER = f"a Hugging Face model folder holds {CONFIG} and {WEIGHTS}, or shards with {_INDEX}"
+_FOLDER = f"a Hugging Face model folder holds {CONFIG} and {WEIGHTS}, or shards with {INDEX}"
 
 
 def import_transformers() -> ModuleType:
@@ -87,7 +87,7 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that make up the model; `ArtifactError` if there are none."""
     if (folder / WEIGHTS).is_file():
         return [WEIGHTS]
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         return _shards(index)
     pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.artifacts.parts import Entry, is_shape, read_header, read_ranges, refusing, sync, write_range
 from secateur.core.errors import ArtifactError
 from secateur.core.files import replacing
-from secateur.masks import _FORMAT
+from secateur.masks import FORMAT
 
 _CHUNK = 4 * 2**20  # bytes
 _NO_DIGEST = "0" * 64  # until `finish`: `Masks.load` refuses the file
@@ -56,8 +56,8 @@ class MaskFile:
         if not path.is_file():
             raise ArtifactError(f"There is no mask file {path}.")
         metadata, entries = read_header(path)
-        if metadata.get("format") != _FORMAT:
-            raise ArtifactError(f"{path} is not a mask file of this format ({_FORMAT}).")
+        if metadata.get("format") != FORMAT:
+            raise ArtifactError(f"{path} is not a mask file of this format ({FORMAT}).")
         shapes, digest = _read_shapes(metadata.get("shapes", "")), metadata.get("sha256", "")
         if shapes is not None and len(digest) == len(_NO_DIGEST) and digest.isalnum() and digest.isascii():
             header = _header(shapes, digest)
@@ -101,7 +101,7 @@ class MaskFile:
 
 def _header(shapes: Mapping[str, tuple[int, ...]], digest: str) -> bytes:
     """Length and text of the header, in the order in which the safetensors library writes it."""
-    metadata = {"format": _FORMAT, "sha256": digest, "shapes": _shapes_text(shapes)}
+    metadata = {"format": FORMAT, "sha256": digest, "shapes": _shapes_text(shapes)}
     header: dict[str, object] = {"__metadata__": metadata}
     begin = 0
     for name in sorted(shapes):

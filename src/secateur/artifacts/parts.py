@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.artifacts.tensors import first_line
+from secateur.core import files
 from secateur.core.errors import ArtifactError
 
 _LENGTH = 8  # bytes at the start of a file that hold the length of its header
@@ -105,13 +106,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk; `ArtifactError` if that fails."""
     with refusing(f"{path} cannot be written"):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        files.sync(path)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.artifacts.hf_folder import _INDEX, weight_files
+from secateur.artifacts.hf_folder import INDEX, weight_files
 from secateur.artifacts.manifest import WEIGHTS, read_json
 from secateur.artifacts.parts import Entry, as_bytes, read_header, read_ranges, refusing, sync, write_range
 from secateur.artifacts.tensors import listed
@@ -56,8 +56,8 @@ class Shards:
             entries.update(part)
         if files == [WEIGHTS]:
             return cls(folder, (WEIGHTS,), entries)
-        _refuse_other_index(folder / _INDEX, entries)
-        return cls(folder, (*files, _INDEX), entries)
+        _refuse_other_index(folder / INDEX, entries)
+        return cls(folder, (*files, INDEX), entries)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.core.errors import StatsError
+from secateur.core.files import sync
 
 _GB = 1 << 30
 _ANEW = "remove the folder .secateur-run above it to begin anew"
@@ -69,7 +69,7 @@ class States:
         """Wait until the names of the files, too, are on the disk, before a journal relies on them."""
         if self._folder is not None:
             with _told(f"{self._folder} cannot be written"):
-                _sync(self._folder)
+                sync(self._folder)
 
     def settle(self) -> None:
         """Remove the files of what was dropped, once a journal says that it is not needed any more."""
@@ -111,7 +111,7 @@ def _write(path: Path, tree: Any) -> None:
     shape = json.dumps(_plain(tree, tensors))
     with _told(f"{path} cannot be written"):
         save_file(tensors, path, {"tree": shape})
-        _sync(path)  # before the journal says that the block is done
+        sync(path)  # before the journal says that the block is done
 
 
 def _read(path: Path) -> Any:
@@ -121,14 +121,6 @@ def _read(path: Path) -> Any:
             return _tree(json.loads(f.metadata()["tree"]), tensors)
     except (OSError, SafetensorError) as error:
         raise StatsError(f"{path} cannot be read ({error}): {_ANEW}.") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
