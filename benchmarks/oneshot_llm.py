@@ -68,7 +68,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-TUNED = {"correction": 0.01, "reconstruct": sc.Reconstruct(epochs=3, rate=0.02)}
+TUNED = {"correction": 0.01, "reconstruct": sc.Reconstruct()}
 
 
 def methods(authors: Authors | None) -> dict[str, Method]:
