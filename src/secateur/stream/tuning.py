@@ -28,8 +28,8 @@ class Reconstruct:
     $$ \min_{W \odot M} \sum_t \lVert f_W(z)_t - f_{W_0}(x)_t \rVert^2 / \lVert f_{W_0}(x)_t \rVert^2 $$
 
     over tokens $t$, with $x$ what the dense model passes on to the block and $z$ what the pruned one does, so
-    that a block makes up for what was lost before it. One batch in eight is held out: the epoch that is best on these is
-    kept, or the weights as the solver left them.
+    that a block makes up for what was lost before it. One batch in eight is held out: the epoch that is best
+    on these is kept, or the weights as the solver left them.
 
     Args:
         epochs: passes over the batches.
@@ -133,17 +133,21 @@ def _average_(weights: Sequence[Tensor], mine: bool) -> None:
 
 
 def _distance(walk: Walk, dense: Walk, i: int) -> Tensor:
-    """Mean over tokens of the square of what the block is off, over that of what it should return.
+    """Of what the block returns from what it should."""
+    return apart(_hidden(walk.run(i, walk.done + 1)), _hidden(dense.states.get(walk.done, i)))
+
+
+def apart(got: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens `[..., tokens, width]` of the squared difference over the squared norm wanted.
 
     A token below the median counts as if of the median, so that empty ones do not rule. Without a scale for
     each, a few would: the first token of a language model often holds nearly all of the power.
     """
-    wanted = _hidden(dense.states.get(walk.done, i)).float()
-    off = _hidden(walk.run(i, walk.done + 1)).float() - wanted
+    got, wanted = got.float(), wanted.float()
     along = -1 if wanted.ndim <= 3 else tuple(range(1, wanted.ndim))  # images have no tokens
     power = wanted.square().mean(along)
-    usual = power[power > 0].median() if bool(power.any()) else torch.ones_like(power.sum())
-    return (off.square().mean(along) / power.clamp(min=usual)).mean()
+    usual = power[power > 0].median() if bool(power.any()) else power.new_ones(())
+    return ((got - wanted).square().mean(along) / power.clamp(min=usual)).mean()
 
 
 def _hidden(tree: object) -> Tensor:
