@@ -15,7 +15,7 @@ from torch import Tensor
 
 import secateur as sc
 from benchmarks import zoo
-from secateur.core.errors import ArtifactError, NonFiniteError, PatternError, StatsError
+from secateur.core.errors import ArtifactError, NonFiniteError, PatternError, StatsError, StreamError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about configurations
 
@@ -28,6 +28,8 @@ ARCHITECTURES = (
     "gpt2",
     "qwen2",
     "gpt_oss",
+    "mixtral",
+    "deepseek_v3",
     "mamba",
     "t5",
     "bert",
@@ -284,3 +286,43 @@ def test_an_earlier_result_is_replaced_only_at_the_end(
     report = sc.prune_checkpoint(dense, out, sc.SparseGPT(), 0.7, batches=batches)
     assert report.sparsity == pytest.approx(0.7, abs=1e-3)
     sc.load(out)
+
+
+def test_experts_that_lie_one_by_one_in_the_files_stay_so(tmp_path: Path) -> None:
+    batches = saved("mixtral", tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", sc.SparseGPT(), 0.5, batches=batches)
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    assert {k: v.shape for k, v in pruned.items()} == {k: v.shape for k, v in dense.items()}
+    experts = [k for k in pruned if "experts" in k]
+    assert len(experts) > 10
+    for key in experts:  # each expert of a stack is a layer of its own
+        assert float((pruned[key] == 0).float().mean()) == pytest.approx(0.5, abs=0.02), key
+        assert not torch.equal(pruned[key], dense[key])
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_experts_that_do_not_make_the_stack(fault: str, tmp_path: Path) -> None:
+    batches = saved("mixtral", tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    key = sorted(k for k in tensors if "experts" in k)[0]
+    if fault == "missing":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key][1:]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"experts.*copy or download all files again"):
+        sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", sc.SparseGPT(), 0.5, batches=batches)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("marian", r"embed_positions.* when it is loaded"), ("nomic_bert", "in a way that is not known here")],
+)
+def test_weights_that_are_made_in_other_ways_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    batches = saved(name, tmp_path / "dense")
+    with pytest.raises(StreamError, match=reason):
+        sc.prune_checkpoint(tmp_path / "dense", tmp_path / "out", sc.SparseGPT(), 0.5, batches=batches)
+    assert not (tmp_path / "out").exists()

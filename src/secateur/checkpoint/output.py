@@ -91,8 +91,7 @@ class Output:
             return
         for name, keep in done.items():
             t = self.targets[name]
-            key = self.source.keys[name]
-            self._shards.write(key, t.weight.detach().to(self._shards.entry(key).dtype))
+            self.source.pieces[name].write(self._shards, t.weight.detach())
             self._masks.write(name, t.layout.restore(keep.cpu(), t.weight.shape))
         self._shards.flush()
         sync(self.folder / MASKS)
@@ -163,9 +162,9 @@ class Output:
     def _dtypes(self) -> dict[str, str]:
         """As `artifacts.hf.float_dtypes`, of the types in the files."""
         found = {
-            name: str(self.source.shards.entry(key).dtype).removeprefix("torch.")
-            for name, key in self.source.keys.items()
-            if self.source.shards.entry(key).dtype.is_floating_point
+            name: str(self.source.dtype_of(name)).removeprefix("torch.")
+            for name in self.source.pieces
+            if self.source.dtype_of(name).is_floating_point
         }
         kinds = list(found.values())
         common = max(sorted(set(kinds)), key=kinds.count)

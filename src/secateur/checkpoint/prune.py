@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -122,7 +123,7 @@ def prune_checkpoint(
         model.model, select(model.model, where, valueless=True, experts=True), solver, where
     )
     for t in selection.targets:
-        if t.name in model.head or t.name not in model.keys:
+        if t.name in model.head or t.name not in model.pieces:
             raise SecateurError(f"{t.name} is the output head, which is not read block by block.")
     for t in selection.targets:
         pattern.check(t.shape, t.run, t.name)
@@ -298,12 +299,12 @@ def _report(plan: _Plan, journal: Journal, remarks: tuple[str, ...]) -> Report:
 def _measurements(source: Source, journal: Journal) -> tuple[Measurement, Measurement]:
     """Costs before and after, from one pass over the files of the source."""
     parameters = alive = dense = packed = alive_after = packed_after = 0
-    by_key = {source.keys[n]: n for n in source.blocks_of}
-    for key, name in by_key.items():
-        entry = source.shards.entry(key)
-        size, width = entry.bytes // entry.dtype.itemsize, entry.dtype.itemsize
+    by_key = {source.pieces[n].first: n for n in source.blocks_of}
+    for name in by_key.values():
+        pieces, width = source.pieces[name], source.dtype_of(name).itemsize
+        size = math.prod(pieces.shape)
         one = journal.layers.get(name)
-        zeros = one.were_zero if one else int((source.shards.read(key) == 0).count_nonzero())
+        zeros = one.were_zero if one else int((pieces.read(source.shards) == 0).count_nonzero())
         parameters += size
         dense += size * width
         alive += size - zeros

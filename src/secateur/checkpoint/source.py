@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from secateur.artifacts.hf_folder import (
 from secateur.artifacts.manifest import fingerprint
 from secateur.artifacts.shards import Shards
 from secateur.artifacts.tensors import first_line, listed
+from secateur.checkpoint.pieces import Pieces, put_together
 from secateur.core.errors import ArtifactError, StreamError
 from secateur.reconstruct.passes import Enough, candidates
 
@@ -59,7 +61,7 @@ class Source:
                 raise
             except Exception as error:  # a configuration can be wrong in many ways
                 raise ArtifactError(f"transformers cannot open {folder}: {first_line(error)}") from error
-        self.keys = _keys(self.model, self.shards, folder)
+        self.pieces = _pieces(self.model, self.shards, folder)
         self._empty = {n: p for n, p in self.model.named_parameters()}
         self._places = _places(self.model)
         self._depth: dict[str, int] = {}
@@ -71,7 +73,11 @@ class Source:
 
     def stored(self) -> dict[str, torch.dtype]:
         """The types in which parameters lie in the files."""
-        return {n: self.shards.entry(key).dtype for n, key in self.keys.items() if n in self._empty}
+        return {n: self.dtype_of(n) for n in self.pieces if n in self._empty}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type in which a parameter or buffer lies in the files."""
+        return self.shards.entry(self.pieces[name].first).dtype
 
     @property
     def largest(self) -> int:
@@ -123,11 +129,11 @@ class Source:
 
     def weight(self, name: str) -> Tensor:
         """One parameter, in float32, whether or not its block is resident."""
-        return self.shards.read(self.keys[name]).to(torch.float32)
+        return self.pieces[name].read(self.shards).to(torch.float32)
 
     def _load(self, names: list[str]) -> None:
         for n in names:
-            value = self.shards.read(self.keys[n])
+            value = self.pieces[n].read(self.shards)
             if value.shape != self._empty[n].shape:
                 raise ArtifactError(
                     f"The files in {self.folder} do not belong together: {n} is {tuple(value.shape)} in the "
@@ -137,10 +143,15 @@ class Source:
 
     def _load_buffers(self) -> None:
         for n, b in self.model.named_buffers():
-            if n in self.keys:
-                b.copy_(self.shards.read(self.keys[n]))
+            if n in self.pieces:
+                b.copy_(self.pieces[n].read(self.shards))
         for module in self.model.modules():
             for key, b in module._buffers.items():
+                if b is not None and b.is_meta:
+                    raise StreamError(
+                        f"{type(self.model).__name__} makes up the buffer {key} of {type(module).__name__} "
+                        f"when it is loaded, so it cannot be pruned block by block: {_INSTEAD}."
+                    )
                 if b is not None:
                     module._buffers[key] = b.to(self.device)
 
@@ -188,10 +199,11 @@ def _head(model: Any) -> set[str]:
     return {n for n, p in model.named_parameters() if id(p) in own - elsewhere}
 
 
-def _keys(model: Any, shards: Shards, folder: Path) -> dict[str, str]:
-    """The name in the files of every parameter and of the buffers that are there, as transformers finds it.
+def _pieces(model: Any, shards: Shards, folder: Path) -> dict[str, Pieces]:
+    """Where every parameter lies in the files, and the buffers that are there, as transformers finds them.
 
-    Raises `StreamError` where a parameter is put together from several, `ArtifactError` where it has none.
+    Raises `StreamError` where a parameter is made of tensors in another way than by stacking and joining
+    them, `ArtifactError` where there are none.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     try:
@@ -206,24 +218,46 @@ def _keys(model: Any, shards: Shards, folder: Path) -> dict[str, str]:
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    found: dict[str, str] = {}
+    found: dict[str, Pieces] = {}
+    parts: dict[str, dict[str, list[str]]] = {}  # of a parameter, the tensors by pattern
     for key in shards.names:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
             name, pattern = key, None
-        if pattern is not None and name in state:
+        if name not in state:
+            continue
+        if pattern is None:
+            found[name] = Pieces.whole(key, tuple(state[name].shape))
+        else:
+            parts.setdefault(name, {}).setdefault(pattern, []).append(key)
+    for name, by_pattern in parts.items():
+        converter = next(c for c in converters if by_pattern.keys() <= set(c.source_patterns))
+        pieces = put_together(converter, by_pattern, tuple(state[name].shape), shards)
+        if pieces is None:
+            example = next(iter(by_pattern.values()))[0]
             raise StreamError(
-                f"{type(model).__name__} puts {name} together from several tensors of {folder} ({key} among "
-                f"them), so it cannot be pruned block by block: {_INSTEAD}."
+                f"{type(model).__name__} makes {name} of other tensors of {folder} ({example} among them) in "
+                f"a way that is not known here, so it cannot be pruned block by block: {_INSTEAD}."
             )
-        if name in state:
-            found[name] = key
-    by_tensor = {id(state[name]): key for name, key in found.items()}
+        found[name] = pieces
+    by_tensor = {id(state[name]): pieces for name, pieces in found.items()}
     needed = {n: p for n, p in state.items() if isinstance(p, nn.Parameter)}
     lacking = [n for n, p in needed.items() if id(p) not in by_tensor]
+    made_up = [n for n in lacking if _is_made_up(model, n)]
+    if lacking and lacking == made_up:
+        raise StreamError(
+            f"{type(model).__name__} makes up {listed(made_up)} when it is loaded, so it cannot be pruned "
+            f"block by block: {_INSTEAD}."
+        )
     if lacking:
         raise ArtifactError(
             f"The weights in {folder} lack {listed(lacking)}, which {type(model).__name__} needs: copy the "
-            f"folder again, or where the model makes them up, {_INSTEAD}."
+            "folder again."
         )
     return {n: by_tensor[id(t)] for n, t in state.items() if id(t) in by_tensor}
+
+
+def _is_made_up(model: Any, name: str) -> bool:
+    """Whether transformers expects no weight of that name in the files."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
