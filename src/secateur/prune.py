@@ -34,7 +34,7 @@ from secateur.patterns import Pattern, Unstructured
 from secateur.record import LayerRecord, Report
 from secateur.solvers import Solver
 from secateur.stats import Stats
-from secateur.stream.tuning import Reconstruct, error_notes
+from secateur.stream.tuning import Reconstruct, error_notes, gain_notes
 
 
 def prune_(
@@ -128,6 +128,8 @@ def prune_(
             keep = {name: found.keep for name, found in solved.items()}
             errors = {name: found.error for name, found in solved.items()}
             notes = (*walked, *_of_layers({name: found.notes for name, found in solved.items()}))
+            gains = [found.tuned for found in solved.values() if found.tuned is not None]
+            notes = (*notes, *error_notes(correction, reconstruct), *gain_notes(gains))
         else:
             assert isinstance(criterion, Criterion)
 
@@ -164,7 +166,7 @@ def prune_(
         selection.skipped,
         before,
         after,
-        (*notes, *error_notes(correction, reconstruct), *_remarks(records)),
+        (*notes, *_remarks(records)),
         {"pruning": selected - started, "measuring": time.perf_counter() - selected},
         masks,
     )

@@ -82,6 +82,7 @@ def test_reconstruction_and_owl_from_the_command_line(
     assert report["totals"]["sparsity"] == 0.5
     assert any("before their block was tuned" in note for note in report["notes"])
     assert any("corrected targets" in note for note in report["notes"])
+    assert any("Tuning brought 3 blocks" in note for note in report["notes"])
     more = ("--allocation", "owl", "--sparsity", 0.6)
     assert run("prune", llama, "--method", "alps", "--data", ids, "--out", out, *more) == 0
     layers = json.loads((out / "report.json").read_text())["layers"]

@@ -170,6 +170,7 @@ def test_correction_and_reconstruction_bring_the_output_nearer_to_the_dense_mode
         report = sc.prune_(model, sc.ALPS(), 0.7, batches=data, **options)
         report.masks.check(model)
         assert report.sparsity == pytest.approx(0.7, abs=1e-3)
+        assert any("Tuning brought 4 blocks" in note for note in report.notes) == ("reconstruct" in options)
         with torch.no_grad():
             return float((model(fresh) - dense(fresh)).square().mean())
 

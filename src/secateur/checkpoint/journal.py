@@ -34,6 +34,7 @@ class Solved:
         were_zero: weights that were zero before.
         error: of the layer's output.
         notes: of the solver.
+        tuned: see `Done`.
     """
 
     removed: int
@@ -41,6 +42,7 @@ class Solved:
     were_zero: int
     error: float
     notes: list[str] = field(default_factory=list)
+    tuned: float | None = None
 
 
 @dataclass

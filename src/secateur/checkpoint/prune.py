@@ -37,7 +37,7 @@ from secateur.stream.choose import called, route_of, visible
 from secateur.stream.sequence import segments, solve_all_
 from secateur.stream.solving import Done, Job
 from secateur.stream.states import States
-from secateur.stream.tuning import Reconstruct, error_notes
+from secateur.stream.tuning import Reconstruct, error_notes, gain_notes
 from secateur.stream.walk import Walk
 
 _GB = 1 << 30
@@ -164,7 +164,8 @@ def prune_checkpoint(
         groups = segments(chain, len(chain.blocks), consumers)
         if journal.next <= max(groups):
             _solve(plan, journal, output, groups, reconstruct, spill, started)
-    report = _report(plan, journal, error_notes(correction, reconstruct))
+    gains = [one.tuned for one in journal.layers.values() if one.tuned is not None]
+    report = _report(plan, journal, (*error_notes(correction, reconstruct), *gain_notes(gains)))
     output.finish(report)
     return report
 
@@ -237,7 +238,7 @@ def _solve(
             removed = one.keep.numel() - int(one.keep.count_nonzero())
             zeros = int((targets[name].weight == 0).count_nonzero())
             were = int((model.weight(name) == 0).count_nonzero())
-            journal.layers[name] = Solved(removed, zeros, were, one.error, list(one.notes))
+            journal.layers[name] = Solved(removed, zeros, were, one.error, list(one.notes), one.tuned)
         journal.next = block + 1
         done.clear()  # the masks of all blocks would not fit in memory
         journal.seconds = before + time.perf_counter() - started

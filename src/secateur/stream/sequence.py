@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from secateur.core.names import Target
 from secateur.progress import track
@@ -85,7 +86,9 @@ def _solve_(
             beside.walk.advance(walk.done + 1)
         if reconstruct is not None and mine:
             masks = {targets[n]: solved[n].keep for n in names}
-            reconstruct_(walk, beside.walk, masks, reconstruct, job)
+            gain = reconstruct_(walk, beside.walk, masks, reconstruct, job)
+            first = next(iter(names))
+            solved[first] = replace(solved[first], tuned=gain)
     return solved
 
 

@@ -35,11 +35,13 @@ class Done:
         keep: mask `[out, in]`.
         error: squared error of its output over its power, with the weights as they are stored.
         notes: of the solver.
+        tuned: for the first layer of a block that was tuned, the gain that `reconstruct_` returns.
     """
 
     keep: Tensor
     error: float
     notes: tuple[str, ...]
+    tuned: float | None = None
 
 
 @dataclass(frozen=True)

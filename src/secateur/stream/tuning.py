@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,19 @@ def error_notes(correction: float | None, reconstruct: Reconstruct | None) -> tu
     if reconstruct is not None:
         notes.append("Errors of layers are those before their block was tuned.")
     return tuple(notes)
+
+
+def gain_notes(gains: Sequence[float]) -> tuple[str, ...]:
+    """What tuning did, from what `reconstruct_` returned for each block."""
+    if not gains:
+        return ()
+    text = (
+        f"Tuning brought {len(gains)} blocks to {statistics.fmean(gains):.2f} of their squared distance from "
+        f"the dense model, on batches held out; {min(gains):.2f} at best, {max(gains):.2f} at worst."
+    )
+    if left := sum(gain == 1 for gain in gains):
+        text += f" {left} of them stay as the solver left them: nothing was better."
+    return (text,)
 
 
 def reconstruct_(
