@@ -84,13 +84,14 @@ def allocate(
         found = by_search(model, sparsity, generations=generations, seed=seed, **settings)
     found.save(out)
     shared.console.print(_table(found))
+    shared.say(_extremes(found))
     for note in read.notes:
         shared.say(note)
     shared.say(f"Saved as {out}: prune with --sparsity {sparsity:g} --allocation {out}")
 
 
 def _table(found: Measured) -> Table:
-    """What was tried, and the layers that differ most from the total."""
+    """What was tried."""
     table = Table(title=f"Distance from the dense model's outputs at a sparsity of {found.sparsity:g}")
     table.add_column("allocation")
     table.add_column("distance", justify="right")
@@ -102,8 +103,9 @@ def _table(found: Measured) -> Table:
             beside = "" if tried.held_out is None else f"{tried.held_out:.4f}"
             table.add_row(tried.what, f"{tried.distance:.4f}", beside)
         best = min(best, tried.distance)
-    least, most = (f(found.shares, key=lambda name: found.shares[name]) for f in (min, max))
-    table.caption = (
-        f"Least from {least} ({found.shares[least]:.3f}), most from {most} ({found.shares[most]:.3f})"
-    )
     return table
+
+
+def _extremes(found: Measured) -> str:
+    least, most = (f(found.shares, key=lambda name: found.shares[name]) for f in (min, max))
+    return f"Least from {least} ({found.shares[least]:.3f}), most from {most} ({found.shares[most]:.3f})."
