@@ -54,19 +54,25 @@ def main() -> None:
     parser.add_argument(
         "--shapes", type=int, default=len(SHAPES), help="how many of the layers, smallest first"
     )
+    parser.add_argument(
+        "--all", action="store_true", help="ALPS's authors' code on all layers, not only the smallest: hours"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     authors = Authors.of(arguments.sparsegpt, arguments.alps)
     rows = []
-    for shape in SHAPES[: arguments.shapes]:
+    for i, shape in enumerate(SHAPES[: arguments.shapes]):
         weight, gram = layer(*shape)
         for name, pattern, sparsity, n, m in CASES:
             runs = solvers(authors, weight, gram, pattern, sparsity, n, m)
+            if i and not arguments.all:
+                del runs["ALPS, authors"]
             rows.append({"shape": shape, "case": name, **measured(runs, weight, gram, arguments.rounds)})
             print(json.dumps(rows[-1]), flush=True)
     data = {
         "command": "python -m benchmarks.solvers --sparsegpt DIR --alps DIR "
-        f"--rounds {arguments.rounds} --threads {arguments.threads} --shapes {arguments.shapes}",
+        f"--rounds {arguments.rounds} --threads {arguments.threads} --shapes {arguments.shapes}"
+        f"{' --all' if arguments.all else ''}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} threads",
         "torch": torch.__version__,
         "authors": authors.digests,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.bulk import zero_
 from secateur.core.errors import SecateurError
 from secateur.patterns import Pattern
 from secateur.solvers.base import Solved
@@ -84,7 +85,8 @@ class ALPS:
                 solve = Rough(_inverse(objective.unit_II, rho).mul_(rho))
             B = solve((D - B0).sub_(U)).add_(B0)
             U.add_(torch.lerp(D, B, self.relaxation))
-            D = U * pattern.keep(U.abs(), sparsity)
+            D = U.clone()
+            zero_(D, pattern.keep(U.abs(), sparsity))
             U -= D
         return B
 

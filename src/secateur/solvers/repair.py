@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.bulk import zero_
 from secateur.core.errors import MaskError, SecateurError
 from secateur.solvers.quadratic import Quadratic
 
@@ -68,14 +69,15 @@ def descend(
     That of the first residual is exact, so rough ones still lead towards the minimum of the right objective.
     """
     W0, scale_I = weight.float(), objective.root_I
-    V = start.float() * keep * scale_I
+    V = start * scale_I
+    zero_(V, keep)
     R = (W0 * scale_I - V) @ objective.unit_II
-    R *= keep
+    zero_(R, keep)
     P = R.clone()
     rr = R.square().sum(1, keepdim=True)
     for _ in range(steps):
         Q = times_H(P)
-        Q *= keep
+        zero_(Q, keep)
         alpha = _ratio(rr, (P * Q).sum(1, keepdim=True))
         V.addcmul_(alpha, P)
         R.addcmul_(alpha, Q, value=-1)
