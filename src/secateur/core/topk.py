@@ -29,6 +29,7 @@ _SMALL = 1 << 14
 
 
 _SHORT = 16  # entries of a row up to which comparing all pairs is faster than selecting
+_VERY_SHORT = 8  # up to which that is faster where the rows lie than between two transpositions
 
 
 def count(sparsity: float, n: int) -> int:
@@ -108,6 +109,8 @@ def keep_largest_rows(scores: Shaped[Tensor, "rows n"], remove: int) -> Bool[Ten
     refuse_nan(scores, "A score matrix")
     if remove == 0:
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    if scores.shape[1] <= _VERY_SHORT:
+        return _keep_largest_of_few(scores, remove)
     if scores.shape[1] <= _SHORT:
         return keep_largest_columns(scores.T.contiguous(), remove).T.contiguous()
     kth = scores.kthvalue(remove, dim=1, keepdim=True).values
@@ -144,6 +147,24 @@ def _ranks_of_columns(scores: Tensor) -> Tensor:
         torch.add(not_above.sum(0, dtype=torch.int8), n - 1 - j, out=ranks[j])
         ranks[:j] -= not_above
     return ranks
+
+
+def _keep_largest_of_few(scores: Tensor, remove: int) -> Tensor:
+    """`keep_largest_rows` by comparing all pairs of columns, one pair at a time."""
+    columns = scores.unbind(1)
+    n = len(columns)
+    ranks = torch.empty(n, len(scores), dtype=torch.int8, device=scores.device)
+    ranks[0] = n - 1  # as in `_ranks_of_columns`
+    for j in range(1, n):
+        ranks[j] = n - 1 - j
+        for i in range(j):
+            not_above = (columns[i] <= columns[j]).view(torch.int8)
+            ranks[j] += not_above
+            ranks[i] -= not_above
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for rank, out in zip(ranks, keep.unbind(1), strict=True):
+        torch.ge(rank, remove, out=out)
+    return keep
 
 
 def refuse_nan(scores: Tensor, what: str) -> None:

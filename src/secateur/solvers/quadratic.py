@@ -102,12 +102,16 @@ class Quadratic:
 
     @cached_property
     def upper_II(self) -> Tensor:
-        """Upper triangle $U$ with $H^{-1} = U^T U$.
+        """Upper triangle $U = R^{-1}$ with $H^{-1} = U^T U$.
 
         Row j holds, from the diagonal on, what the removal of input j does to the inputs after it when those
-        before it are fixed: with R the reversed Cholesky factor, $H = R R^T$, it is $U = R^{-1}$, without the
-        inverse of H in between.
+        before it are fixed.
         """
+        return _inverse_lower(self.triangle_II.flip(0, 1)).flip(0, 1).contiguous()
+
+    @cached_property
+    def triangle_II(self) -> Tensor:
+        """Upper triangle $R$ with $H = R R^T$, the Cholesky factor of H with inputs in reversed order."""
         for kind in (torch.float32, torch.float64):
             for raised in _RAISED if kind == torch.float64 else _RAISED[:1]:
                 H = self.H_II.to(kind)
@@ -120,7 +124,7 @@ class Quadratic:
                         f"Damping was raised from {self.damping:g} to {raised * self.damping:g}: the inputs "
                         "depend on each other."
                     )
-                return _inverse_lower(L).flip(0, 1).float().contiguous()
+                return L.flip(0, 1).float().contiguous()
         raise NonFiniteError(
             f"The Gram matrix cannot be factorised with damping up to {_RAISED[-1] * self.damping:g}: use "
             "more data, or more damping."
