@@ -34,7 +34,9 @@ class Reconstruct:
 
     Args:
         epochs: passes over the batches.
-        rate: of Adam, relative to the root mean square of a layer's kept weights; falls to 0 by a cosine.
+        rate: of Adam, relative to the root mean square of a layer's kept weights times the root of the
+            block's distance at the start, since what is nearly right needs small steps; falls to 0 by a
+            cosine.
         seed: of the order of batches.
 
     Reference: Makni et al. 2025, 3BASiL, "transformer matching" (there towards the block's output on its own
@@ -42,7 +44,7 @@ class Reconstruct:
     """
 
     epochs: int = 4
-    rate: float = 0.02
+    rate: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,15 +96,15 @@ def reconstruct_(
     judged = held_out if ranks.any_(bool(held_out)) else training
     most = max(ranks.gather(len(training)))  # steps of an epoch: each process takes a batch of its own
     weights = [t.weight for t in masks]
-    groups = [{"params": [t.weight], "lr": settings.rate * _size(t.weight, keep[t])} for t in masks]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = settings.epochs * most
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / steps)
-    )
     generator = torch.Generator().manual_seed(settings.seed)
     with measuring(walk.model), _training(walk.model, [t.weight for t in masks]):
         first = best = _loss(walk, dense, judged)
+        rate = settings.rate * math.sqrt(first)
+        groups = [{"params": [t.weight], "lr": rate * _size(t.weight, keep[t])} for t in masks]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: 0.5 + 0.5 * math.cos(math.pi * s / (settings.epochs * most))
+        )
         kept = [t.weight.detach().clone() for t in masks]
         for _ in range(settings.epochs):
             order = torch.randperm(len(training), generator=generator).tolist()
