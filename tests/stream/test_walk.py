@@ -175,12 +175,13 @@ def test_correction_and_reconstruction_bring_the_output_nearer_to_the_dense_mode
             return float((model(fresh) - dense(fresh)).square().mean())
 
     plain = lost()
-    corrected, tuned = lost(correction=0.01), lost(reconstruct=sc.Reconstruct(epochs=4, rate=0.2))
-    both = lost(correction=0.01, reconstruct=sc.Reconstruct(epochs=4, rate=0.2))
+    settings = sc.Reconstruct(epochs=4, rate=0.2)
+    corrected, tuned = lost(correction=0.01), lost(reconstruct=settings)
+    both = lost(correction=0.01, reconstruct=settings)
     assert corrected < 0.95 * plain
     assert tuned < 0.8 * plain
     assert both < 0.8 * plain
-    assert lost(reconstruct=sc.Reconstruct(epochs=4, rate=0.2)) == tuned, "the same call gives the same weights"
+    assert lost(reconstruct=settings) == tuned, "the same call gives the same weights"
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
