@@ -45,7 +45,7 @@ class ALPS:
     Reference: Meng et al. 2024, ALPS, algorithms 1 and 2; over-relaxation as in Boyd et al. 2011, Distributed
     optimization and statistical learning via the alternating direction method of multipliers, section 3.4.3.
     Differs from the paper: over-relaxed, with a larger first penalty that grows at a fixed rate, which comes
-    within 2 % of the paper's error in 12 iterations instead of 50 to 100; the penalty's inverse comes from a
+    within 4 % of the paper's error in 12 iterations instead of 50 to 100; the penalty's inverse comes from a
     Cholesky factor, not from eigenvectors.
     """
 
