@@ -269,6 +269,56 @@ def custom(sparsities: Mapping[str, float]) -> Custom:
     return Custom(tuple(sparsities.items()))
 
 
+@dataclass(frozen=True)
+class AtLeast:
+    """Another allocation that spares every layer: `at_least(global_, 0.02)` keeps 2 % of each at least.
+
+    Layers that would be left with less keep exactly that much, and the others are allocated what remains to
+    be removed, until no layer falls below. With `global_` this is a ranking in which the highest scores of
+    each layer are out of reach.
+
+    Raises `BudgetError` if the total cannot be met so.
+    """
+
+    allocation: Allocation
+    density: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1:
+            raise SparsityError(f"at_least takes a density, between 0 and 1; got {self.density}.")
+
+    def __repr__(self) -> str:
+        inner = getattr(self.allocation, "__name__", repr(self.allocation))
+        return f"AtLeast(allocation={inner}, density={self.density})"
+
+    def __call__(self, layers: Sequence[Layer], sparsity: float | None) -> dict[str, float]:
+        left = total = _asked(layers, sparsity, "at_least")
+        # At least one unit stays where any density is asked, however small the layer.
+        most = {x.name: x.units - math.ceil(self.density * x.units) for x in layers}
+        if total > sum(most.values()):
+            raise BudgetError(
+                f"With {self.density:g} of each layer kept, {sum(most.values())} of "
+                f"{sum(x.units for x in layers)} units can go, not {total}: keep or ask for less."
+            )
+        free, out = list(layers), dict.fromkeys((x.name for x in layers), 0.0)
+        while free:
+            units = sum(x.units for x in free)
+            shares = self.allocation(free, left / max(1, units))
+            over = [x for x in free if count(shares[x.name], x.units) > most[x.name]]
+            if not over:
+                return out | shares
+            for x in over:
+                out[x.name] = most[x.name] / max(1, x.units)
+                left -= most[x.name]
+            free = [x for x in free if x.name not in {y.name for y in over}]
+        return out
+
+
+def at_least(allocation: Allocation, density: float) -> AtLeast:
+    """An allocation that leaves at least `density` of each layer; see `AtLeast`."""
+    return AtLeast(allocation, density)
+
+
 def _given(sparsity: float | None) -> float:
     if sparsity is None:
         raise SparsityError("A sparsity between 0 and 1 is needed with this allocation.")

@@ -136,7 +136,7 @@ def prune_(
             def measured() -> Collected:
                 return stats or collect(model, criterion.needs, batches, loss, selection.targets)
 
-            choose = partial(_choose, selection.targets, criterion, pattern, allocation, measured)
+            choose = partial(choose_masks, selection.targets, criterion, pattern, allocation, measured)
             if rounds == 1:
                 keep, shares, notes = choose(sparsity)
             else:
@@ -185,7 +185,7 @@ def _undone_on_error(targets: Sequence[Target]) -> Iterator[None]:
         raise
 
 
-_Chosen = tuple[dict[str, Tensor], dict[str, float], tuple[str, ...]]  # masks, sparsities, notes
+Chosen = tuple[dict[str, Tensor], dict[str, float], tuple[str, ...]]  # masks, sparsities, notes
 
 
 def refuse_class(setting: object) -> None:
@@ -207,14 +207,14 @@ def check_targets(targets: Sequence[Target], pattern: Pattern) -> None:
             )
 
 
-def _choose(
+def choose_masks(
     targets: Sequence[Target],
     criterion: Criterion,
     pattern: Pattern,
     allocation: Allocation,
     measured: Callable[[], Collected],
     sparsity: float | None,
-) -> _Chosen:
+) -> Chosen:
     """Masks in matrix layout, without touching the model."""
     collected = measured()
     layers = [as_layer(t, criterion, collected.stats.get(t.name, {}), pattern) for t in targets]
@@ -308,8 +308,8 @@ def _check_shares(layers: Sequence[Layer], shares: Mapping[str, float], sparsity
 
 
 def _in_rounds(
-    targets: Sequence[Target], choose: Callable[[float], _Chosen], sparsity: float | None, rounds: int
-) -> _Chosen:
+    targets: Sequence[Target], choose: Callable[[float], Chosen], sparsity: float | None, rounds: int
+) -> Chosen:
     """Score, prune, score again; the weights are put back before returning."""
     assert sparsity is not None
     saved = [t.weight.detach().clone() for t in targets]
@@ -328,7 +328,7 @@ def _in_rounds(
                 t.weight.copy_(weight)
 
 
-def _one_round(choose: Callable[[float], _Chosen], sparsity: float, rounds: int) -> _Chosen:
+def _one_round(choose: Callable[[float], Chosen], sparsity: float, rounds: int) -> Chosen:
     try:
         return choose(sparsity)
     except PatternError as error:

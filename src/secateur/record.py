@@ -60,8 +60,39 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class Change:
+    """One change of the masks.
+
+    Attributes:
+        step: optimizer steps taken, the one that it belongs to included.
+        asked: sparsity that the schedule gave.
+        sparsity: fraction of the weights that the masks remove, an exact count over their number.
+        layers: sparsity of each layer.
+        moved: weights that were kept before and are not now, or the other way round.
+    """
+
+    step: int
+    asked: float
+    sparsity: float
+    layers: Mapping[str, float]
+    moved: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"layers": dict(self.layers)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Change:
+        """Inverse of `to_dict`."""
+        return cls(**{**data, "layers": dict(data["layers"])})
+
+
+@dataclass(frozen=True)
 class Report:
-    """The result of pruning: what was asked, what was done to each layer, what was left alone and why."""
+    """The result of pruning: what was asked, what was done to each layer, what was left alone and why.
+
+    `history` holds every change of the masks of a method that prunes while training.
+    """
 
     settings: Mapping[str, str]
     layers: tuple[LayerRecord, ...]
@@ -71,6 +102,7 @@ class Report:
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     masks: Masks = field(repr=False, compare=False)
+    history: tuple[Change, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     @property
@@ -100,6 +132,7 @@ class Report:
             "notes": list(self.notes),
             "seconds": dict(self.seconds),
             "versions": dict(self.versions),
+            **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

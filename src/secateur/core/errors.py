@@ -14,6 +14,10 @@ class SparsityError(SecateurError):
     """A sparsity outside [0, 1], or missing where it is needed."""
 
 
+class ScheduleError(SecateurError):
+    """A schedule that makes no sense, or that training leaves unfinished."""
+
+
 class BudgetError(SecateurError):
     """The asked total cannot be met by the layers, pattern and allocation given."""
 

@@ -1,0 +1,16 @@
+"""Pruning while a model trains: methods that live on its optimizer, whatever the loop around it.
+
+- `attach.py`: the hooks that every method shares; what counts as a step.
+- `live.py`: masks that change during training, and what they write into weights and gradients.
+- `optimizer_state.py`: what an optimizer remembers of weights that leave or come back.
+- `method.py`: masks, step and history of a model in training, and all of it as a state to go on from.
+- `choice.py`: masks by score.
+- `gradual.py`, `dynamic.py`, `alternate.py`: the methods.
+"""
+
+from secateur.training.alternate import ACDC, Phases, phases
+from secateur.training.dynamic import SET, Dynamic, RigL
+from secateur.training.gradual import Gradual
+from secateur.training.method import CollapseWarning
+
+__all__ = ["ACDC", "SET", "CollapseWarning", "Dynamic", "Gradual", "Phases", "RigL", "phases"]
