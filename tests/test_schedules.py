@@ -1,5 +1,6 @@
 """Schedules against their formulas, and the promise that the last step is always taken."""
 
+import itertools
 import math
 
 import pytest
@@ -24,7 +25,7 @@ def test_a_schedule_rises_from_its_first_sparsity_to_its_last_and_stays_there(sh
     values = [schedule(step) for step in range(begin, end + 1)]
     assert values[-1] == high == schedule(end + 1000)  # exactly, without the rounding of a power
     assert end == begin or math.isclose(values[0], low, abs_tol=1e-12)
-    assert all(b >= a - 1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(values))
     assert begin == 0 or schedule(begin - 1) == 0.0
 
 

@@ -78,7 +78,30 @@ class Attached:
         if error is None:
             self._method.check()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._ready(optimizer)
+            return None
+        ready = False
+
+        def measured() -> Any:
+            """The user's closure, which makes the gradients; Lightning always passes one."""
+            nonlocal ready
+            loss = closure()
+            if not ready:
+                ready = True
+                self._ready(optimizer)
+            elif self._mixes:  # some optimizers evaluate it several times
+                self._method.live.write_gradients()
+            return loss
+
+        return (args[:1], {**kwargs, "closure": measured})
+
+    def _ready(self, optimizer: Optimizer) -> None:
+        """The gradients are those of the step."""
         if _overflowed(optimizer):
             return
         if not self._method.before_step(optimizer):
@@ -93,9 +116,8 @@ class Attached:
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         self._put_back()
-        if _overflowed(optimizer):
-            return
-        self._method.after_step(optimizer)
+        if not _overflowed(optimizer):
+            self._method.after_step(optimizer)
 
     def _put_back(self) -> None:
         for p, grad in self._held_back:

@@ -1,0 +1,1 @@
+"""Methods that prune while training, as callbacks of training frameworks; each module needs its framework."""
