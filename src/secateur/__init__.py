@@ -117,7 +117,22 @@ from secateur.stats import (
 )
 from secateur.stream.tuning import Reconstruct
 from secateur.surgery import Applied, Cuts, Plan, Surgery, replay_
-from secateur.training import ACDC, SET, CollapseWarning, Dynamic, Gradual, Phases, RigL, phases
+from secateur.training import (
+    ACDC,
+    L1,
+    L2,
+    SET,
+    CollapseWarning,
+    Dynamic,
+    Gradual,
+    GroupLasso,
+    Growing,
+    Phases,
+    Regularize,
+    RigL,
+    batch_norm_scales,
+    phases,
+)
 
 __version__ = "0.1.0"
 
@@ -125,6 +140,8 @@ __all__ = [
     "ACDC",
     "ALPS",
     "FPGM",
+    "L1",
+    "L2",
     "NM",
     "OBD",
     "OBS",
@@ -165,8 +182,10 @@ __all__ = [
     "Graph",
     "Group",
     "GroupCriterion",
+    "GroupLasso",
     "GroupRecord",
     "GroupScore",
+    "Growing",
     "HeadImportance",
     "HessianGradient",
     "Hold",
@@ -200,6 +219,7 @@ __all__ = [
     "Quantized",
     "Random",
     "Reconstruct",
+    "Regularize",
     "RepairReport",
     "Report",
     "RigL",
@@ -232,6 +252,7 @@ __all__ = [
     "Where",
     "angular_distance",
     "at_least",
+    "batch_norm_scales",
     "block_influence",
     "by_error",
     "by_search",

@@ -4,6 +4,7 @@
 - `live.py`: masks that change during training, and what they write into weights and gradients.
 - `optimizer_state.py`: what an optimizer remembers of weights that leave or come back.
 - `method.py`: masks, step and history of a model in training, and all of it as a state to go on from.
+- `regularize.py`: penalties that train weights and units to zero.
 - `choice.py`: masks by score.
 - `gradual.py`, `dynamic.py`, `alternate.py`: the methods.
 """
@@ -12,5 +13,21 @@ from secateur.training.alternate import ACDC, Phases, phases
 from secateur.training.dynamic import SET, Dynamic, RigL
 from secateur.training.gradual import Gradual
 from secateur.training.method import CollapseWarning
+from secateur.training.regularize import L1, L2, GroupLasso, Growing, Regularize, batch_norm_scales
 
-__all__ = ["ACDC", "SET", "CollapseWarning", "Dynamic", "Gradual", "Phases", "RigL", "phases"]
+__all__ = [
+    "ACDC",
+    "L1",
+    "L2",
+    "SET",
+    "CollapseWarning",
+    "Dynamic",
+    "Gradual",
+    "GroupLasso",
+    "Growing",
+    "Phases",
+    "Regularize",
+    "RigL",
+    "batch_norm_scales",
+    "phases",
+]
