@@ -35,6 +35,7 @@ METHODS = {
     ),
     "rigl": lambda m, own: sc.Dynamic(m, sc.RigL(), 0.7, end=9, when=sc.every(3)),
     "set": lambda m, own: sc.Dynamic(m, sc.SET(), 0.7, end=9, when=sc.every(3)),
+    "movement": lambda m, own: sc.Movement(m, sc.cubic(0, 0.7, begin=1, end=9), when=sc.every(2)),
     "acdc": lambda m, own: sc.ACDC(m, sc.Magnitude(), 0.7, sc.Phases((2, 4, 8))),
     "taylor": lambda m, own: sc.Gradual(
         m, sc.Taylor(), sc.cubic(0, 0.8, begin=1, end=10), when=sc.every(3), batches=own, loss=F.cross_entropy
@@ -65,7 +66,7 @@ if world > 1:
     torch.distributed.destroy_process_group()
 """
 
-KINDS = ("gradual", "rigl", "set", "acdc", "taylor")
+KINDS = ("gradual", "rigl", "set", "movement", "acdc", "taylor")
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.allocation import Allocation, uniform
 from secateur.collect import Loss
-from secateur.core.errors import PatternError, ScheduleError
+from secateur.core.errors import ScheduleError
 from secateur.core.names import Where, select, unwrap
-from secateur.core.topk import count, keep_largest
 from secateur.criteria import Criterion
-from secateur.patterns import NM, Pattern
+from secateur.patterns import Pattern
 from secateur.prune import refuse_class
 from secateur.schedules import Schedule, When, every, is_due
 from secateur.training.attach import Optimizer
-from secateur.training.choice import Choice
+from secateur.training.choice import Choice, on_the_way
 from secateur.training.method import Method
 
 
@@ -106,35 +103,6 @@ class Gradual(Method):
                 "stays away: use a schedule that rises."
             )
         pattern = self._choice.pattern
-        keep, notes = self._choice(
-            asked, _Towards(pattern) if isinstance(pattern, NM) and not last else pattern
-        )
+        keep, notes = self._choice(asked, on_the_way(pattern, last))
         self._notes.update(dict.fromkeys(notes))
         self._change(keep, asked)
-
-
-@dataclass(frozen=True)
-class _Towards:
-    """An N:M pattern on the way: what goes is the lowest of what the pattern would remove."""
-
-    pattern: NM
-    unit = 1
-
-    def check(self, shape: torch.Size, run: int, name: str) -> None:
-        self.pattern.check(shape, run, name)
-
-    def units(self, scores: Tensor) -> Tensor:
-        return self.pattern.units(scores)
-
-    def reachable(self, shape: torch.Size, sparsity: float) -> float:
-        try:
-            return self.pattern.reachable(shape, sparsity)
-        except PatternError:
-            return count(sparsity, shape.numel()) / max(1, shape.numel())
-
-    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
-        remove, forced = count(sparsity, scores.numel()), self.pattern.forced(scores.numel())
-        if remove >= forced:
-            return self.pattern.keep(scores, sparsity)
-        stays = self.pattern.keep(scores, forced / scores.numel())
-        return keep_largest(scores.masked_fill(stays, torch.inf), remove)

@@ -1,0 +1,246 @@
+"""Movement pruning: what goes is what training moves towards zero, not what is small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocation import Allocation, Layer, global_, uniform
+from secateur.core.errors import MaskError, SecateurError, StatsError
+from secateur.core.names import Target, Where, select, unwrap
+from secateur.core.topk import count, keep_largest
+from secateur.patterns import Block, Pattern, Unstructured
+from secateur.prune import check_targets, refuse_class, shares_of
+from secateur.schedules import Schedule, When, every, is_due
+from secateur.training.attach import Optimizer
+from secateur.training.choice import on_the_way
+from secateur.training.method import Method
+from secateur.training.shadow import Scores, Shadow
+
+
+@dataclass(frozen=True)
+class Soft:
+    r"""Masks by a threshold on the scores, as soft movement pruning has them: :math:`\sigma(S) > \tau_t`.
+
+    The threshold rises with the schedule, :math:`\tau_t = \tau\, s_t / s_f`, and with it the weight
+    :math:`\lambda_t = \lambda\, \tau_t / \tau` of the penalty: the mean of :math:`\sigma(S)` over each
+    matrix, averaged over matrices. How much is removed on the way is an outcome; at the end of the schedule
+    the scores are ranked over all layers and the masks have the asked sparsity. At least `floor` of each
+    matrix stays on the way.
+    """
+
+    threshold: float = 0.1
+    strength: float = 400.0
+    floor: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not (0 < self.threshold < 1 and 0 <= self.strength < float("inf") and 0 <= self.floor <= 1):
+            raise SecateurError(
+                f"{self}: the threshold lies between 0 and 1, strength is at least 0, floor a fraction."
+            )
+
+
+class Movement(Method):
+    r"""Learn which weights to keep, by scores that follow :math:`-\sum_t w\,\partial L/\partial w`.
+
+        movement = sc.Movement(model, sc.cubic(0, 0.9, begin=200, end=1600))
+        with movement.attach(optimizer):
+            ...  # the loop, as it was
+
+    Every weight has a score, zero at first. The model runs on the weights whose scores are highest; the
+    gradient goes straight through the choice, so that the score of each weight, masked or not, gets
+    :math:`w\,\partial L/\partial w`, and the weights that are masked get none. Masked weights may come back
+    until the end of the schedule; then the masks stay.
+
+    Gradients must be dense, as `attach` reads them: accumulated, reduced and unscaled. Where their norm is
+    clipped, it is that of the dense gradient. Memory: four more copies of the pruned weights.
+
+    Args:
+        model: any module, usually pretrained.
+        schedule: step -> sparsity.
+        when: steps since `schedule.begin` -> whether masks change. The paper changes them at every step.
+        soft: masks by a threshold with a penalty, instead of a fixed number in each layer.
+        rate: learning rate of the scores, which follows the schedule of the optimizer's.
+        pattern: which entries may survive; a block has one score.
+        allocation: how much from each layer. None: `uniform`, or `global_` at the end of a soft schedule.
+        where: which layers; see `Where`.
+
+    Raises:
+        SecateurError: one of its subclasses, for anything wrong with the input.
+
+    Reference: Sanh et al. 2020, Movement pruning: adaptive sparsity by fine-tuning; Lagunas et al. 2021 for
+    blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        when: When = every(10),  # noqa: B008, a frozen dataclass
+        soft: Soft | None = None,
+        rate: float = 1e-2,
+        pattern: Pattern | None = None,
+        allocation: Allocation | None = None,
+        where: Where | None = None,
+    ) -> None:
+        for setting in (schedule, when, soft, pattern):
+            refuse_class(setting)
+        if not rate > 0:
+            raise SecateurError(f"The learning rate of the scores is above 0; got {rate}.")
+        self.schedule, self.when, self.soft = schedule, when, soft
+        self.pattern = pattern or Unstructured()
+        self.allocation = allocation or (uniform if soft is None else global_)
+        selection = select(unwrap(model), where)
+        check_targets(selection.targets, self.pattern)
+        settings = {
+            "schedule": repr(schedule),
+            "when": repr(when),
+            "movement": "hard" if soft is None else repr(soft),
+            "rate": repr(rate),
+            "pattern": repr(self.pattern),
+            "allocation": getattr(self.allocation, "__name__", repr(self.allocation)),
+            "where": repr(where or Where()),
+        }
+        super().__init__(model, selection, settings)
+        self._shadow = Shadow(selection.targets)
+        self._scores = Scores({t.name: self._none(t) for t in selection.targets}, rate)
+        self._gradients: dict[str, Tensor] = {}
+        self._by_scores(schedule(schedule.end), last=True)  # what cannot be had fails before training
+
+    @property
+    def end(self) -> int:
+        return self.schedule.end
+
+    def start(self) -> None:
+        if self.step == 0 and not self.history:
+            self._shadow.take()  # the model may have been loaded since
+            if is_due(self.schedule, self.when, 0):
+                self._update()
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> bool:
+        if self.step >= self.end:
+            return True
+        for t in self.live.targets:
+            if t.weight.grad is None:
+                raise StatsError(
+                    f"{t.name} has no gradient at step {self.step + 1}: is it frozen, or out of use?"
+                )
+            flow = t.layout.matrix(t.weight.grad * self._shadow.dense[t.name])
+            self._gradients[t.name] = self.pattern.units(flow)
+        self.live.write_gradients()
+        self._shadow.show()
+        return True
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        self.step += 1
+        if self.step > self.end:
+            self.live.write()
+            return
+        self._shadow.take()
+        self._scores.step(self._penalised(), optimizer)
+        if is_due(self.schedule, self.when, self.step):
+            self._update()
+        else:
+            self.live.write()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.step < self.end:
+            state["dense"] = {name: w.clone() for name, w in self._shadow.dense.items()}
+            state["scores"] = self._scores.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.step < self.end:
+            if "dense" not in state or "scores" not in state:
+                raise MaskError("The state lacks the dense weights and scores of movement pruning.")
+            self._shadow.load(state["dense"])
+            self._scores.load_state_dict(state["scores"])
+
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of each layer's units (entries or blocks), by parameter name."""
+        return {t.name: self._scores[t.name].clone() for t in self.live.targets}
+
+    def _none(self, target: Target) -> Tensor:
+        units = target.shape.numel() // self.pattern.unit
+        return torch.zeros(units, dtype=torch.float32, device=target.weight.device)
+
+    def _share(self) -> float:
+        """How far the schedule is on its way to the final sparsity."""
+        final = self.schedule(self.end)
+        return self.schedule(self.step) / final if final else 1.0
+
+    def _penalised(self) -> dict[str, Tensor]:
+        if self.soft is None:
+            return self._gradients
+        strength = self.soft.strength * self._share() / len(self.live.targets)
+        for name, gradient in self._gradients.items():
+            s = self._scores[name].sigmoid()
+            gradient.add_(s * (1 - s), alpha=strength / s.numel())
+        return self._gradients
+
+    def _update(self) -> None:
+        last = self.step >= self.end
+        asked = self.schedule(self.step)
+        if self.soft is None or last:
+            if self.soft is not None:
+                had = 1 - sum(int(m.count_nonzero()) for m in self._by_threshold().values()) / sum(
+                    t.weight.numel() for t in self.live.targets
+                )
+                self._notes[
+                    f"The threshold would have removed {had:.2%}; the scores were ranked for {asked:.2%}."
+                ] = None
+            keep = self._by_scores(asked, last)
+        else:
+            keep = self._by_threshold()
+        self._change(keep, asked)
+
+    def _by_scores(self, sparsity: float, last: bool) -> dict[str, Tensor]:
+        pattern = on_the_way(self.pattern, last)
+        layers = [self._layer(t, pattern) for t in self.live.targets]
+        shares = shares_of(layers, self.allocation, sparsity)
+        keep = {}
+        for layer, t in zip(layers, self.live.targets, strict=True):
+            pattern.reachable(layer.shape, shares[layer.name])
+            keep[t.name] = t.layout.restore(pattern.keep(layer.scores(), shares[layer.name]), t.weight.shape)
+        return keep
+
+    def _by_threshold(self) -> dict[str, Tensor]:
+        assert self.soft is not None
+        threshold = self.soft.threshold * self._share()
+        keep = {}
+        for t in self.live.targets:
+            scores = self._scores[t.name].sigmoid()
+            kept = scores > threshold
+            least = count(1 - self.soft.floor, scores.numel())
+            if scores.numel() - int(kept.count_nonzero()) > least:
+                kept = keep_largest(scores, least)
+            keep[t.name] = t.layout.restore(_spread(self.pattern, kept, t.shape), t.weight.shape)
+        return keep
+
+    def _layer(self, target: Target, pattern: Pattern) -> Layer:
+        return Layer(
+            target.name,
+            target.shape,
+            target.weight.shape,
+            pattern,
+            lambda: target.layout.matrix(self._shadow.dense[target.name]).float(),
+            lambda: _spread(self.pattern, self._scores[target.name], target.shape),
+        )
+
+
+def _spread(pattern: Pattern, units: Tensor, shape: torch.Size) -> Tensor:
+    """One value for each unit of a pattern, on all of the unit's entries: `[out, in]`."""
+    if isinstance(pattern, Block):
+        out, width = shape
+        tiles = units.view(out // pattern.rows, 1, width // pattern.columns, 1)
+        return tiles.expand(-1, pattern.rows, -1, pattern.columns).reshape(out, width)
+    return units.view(shape)

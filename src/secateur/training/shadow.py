@@ -1,0 +1,99 @@
+"""Weights behind the weights: the model computes with what a method makes of them, the optimizer moves them.
+
+Movement pruning, L0 gates and STR train dense weights but run the model on masked, gated or thresholded
+ones. Between steps a parameter holds the latter, so that the model is a plain module that any loop, wrapper
+or compiler runs, and its gradient is the dense one with respect to what it holds. For the step the parameter
+holds the dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.core.errors import MaskError
+from secateur.core.names import Target
+
+
+class Shadow:
+    """Dense weights of some parameters, by name."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = tuple(targets)
+        self.dense = {t.name: t.weight.detach().clone() for t in targets}
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Parameters hold the dense weights."""
+        for t in self.targets:
+            t.weight.detach().copy_(self.dense[t.name])
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """The dense weights are what the parameters hold."""
+        for t in self.targets:
+            self.dense[t.name].copy_(t.weight.detach())
+
+    def load(self, dense: Mapping[str, Tensor]) -> None:
+        """Take over saved weights; `MaskError` if they are of another model."""
+        for t in self.targets:
+            saved = dense.get(t.name)
+            if saved is None or saved.shape != t.weight.shape:
+                raise MaskError(f"The state has no dense weight of {t.name} in its shape.")
+            self.dense[t.name] = saved.detach().to(t.weight, copy=True)
+
+
+class Scores:
+    """Parameters of a method with an Adam of their own, without weight decay.
+
+    They are not the model's, so that neither its optimizer's weight decay nor its state reaches them. Their
+    learning rate follows the schedule of the optimizer's first group: it is multiplied by that group's
+    learning rate over its first one.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], rate: float, maximize: bool = False) -> None:
+        self.values = {name: torch.nn.Parameter(v) for name, v in values.items()}
+        self.rate = rate
+        self._adam = torch.optim.Adam(self.values.values(), lr=rate, maximize=maximize)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name].detach()
+
+    def step(self, gradients: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """One step of Adam with these gradients."""
+        for name, parameter in self.values.items():
+            parameter.grad = gradients[name].to(parameter.dtype)
+        group = optimizer.param_groups[0]
+        self._adam.param_groups[0]["lr"] = (
+            self.rate * float(group["lr"]) / float(group.get("initial_lr", group["lr"]) or 1.0)
+        )
+        self._adam.step()
+        self._adam.zero_grad()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Values and moments, by name."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.values.items():
+            state[f"{name}/value"] = parameter.detach().clone()
+            for key, moment in self._adam.state.get(parameter, {}).items():
+                state[f"{name}/{key}"] = moment.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`; `MaskError` if it is of another model."""
+        for name, parameter in self.values.items():
+            saved = state.get(f"{name}/value")
+            if saved is None or saved.shape != parameter.shape:
+                raise MaskError(f"The state has no scores of {name} in their shape.")
+            with torch.no_grad():
+                parameter.copy_(saved)
+            moments = {
+                key.removeprefix(f"{name}/"): value.clone()
+                for key, value in state.items()
+                if key.startswith(f"{name}/") and not key.endswith("/value")
+            }
+            if moments:
+                self._adam.state[parameter] = moments
