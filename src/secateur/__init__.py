@@ -119,9 +119,11 @@ from secateur.stream.tuning import Reconstruct
 from secateur.surgery import Applied, Cuts, Plan, Surgery, replay_
 from secateur.training import (
     ACDC,
+    L0,
     L1,
     L2,
     SET,
+    STR,
     CollapseWarning,
     Dynamic,
     Gradual,
@@ -142,6 +144,7 @@ __all__ = [
     "ACDC",
     "ALPS",
     "FPGM",
+    "L0",
     "L1",
     "L2",
     "NM",
@@ -151,6 +154,7 @@ __all__ = [
     "RIA",
     "SET",
     "SNIP",
+    "STR",
     "APoZ",
     "ActivationNorm",
     "Allocation",

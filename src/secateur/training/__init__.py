@@ -5,7 +5,7 @@
 - `optimizer_state.py`: what an optimizer remembers of weights that leave or come back.
 - `method.py`: masks, step and history of a model in training, and all of it as a state to go on from.
 - `shadow.py`: dense weights behind those that the model runs on, and parameters of methods.
-- `movement.py`: scores that are learned.
+- `movement.py`, `gates.py`, `reparametrize.py`: scores, gates and thresholds that are learned.
 - `regularize.py`: penalties that train weights and units to zero.
 - `choice.py`: masks by score.
 - `gradual.py`, `dynamic.py`, `alternate.py`: the methods.
@@ -13,16 +13,20 @@
 
 from secateur.training.alternate import ACDC, Phases, phases
 from secateur.training.dynamic import SET, Dynamic, RigL
+from secateur.training.gates import L0
 from secateur.training.gradual import Gradual
 from secateur.training.method import CollapseWarning
 from secateur.training.movement import Movement, Soft
 from secateur.training.regularize import L1, L2, GroupLasso, Growing, Regularize, batch_norm_scales
+from secateur.training.reparametrize import STR
 
 __all__ = [
     "ACDC",
+    "L0",
     "L1",
     "L2",
     "SET",
+    "STR",
     "CollapseWarning",
     "Dynamic",
     "Gradual",

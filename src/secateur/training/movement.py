@@ -117,10 +117,9 @@ class Movement(Method):
         return self.schedule.end
 
     def start(self) -> None:
-        if self.step == 0 and not self.history:
-            self._shadow.take()  # the model may have been loaded since
-            if is_due(self.schedule, self.when, 0):
-                self._update()
+        self._shadow.begin()
+        if self.step == 0 and not self.history and is_due(self.schedule, self.when, 0):
+            self._update()
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> bool:

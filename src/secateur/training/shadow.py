@@ -24,12 +24,19 @@ class Shadow:
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = tuple(targets)
         self.dense = {t.name: t.weight.detach().clone() for t in targets}
+        self._begun = False
 
     @torch.no_grad()
     def show(self) -> None:
         """Parameters hold the dense weights."""
         for t in self.targets:
             t.weight.detach().copy_(self.dense[t.name])
+
+    def begin(self) -> None:
+        """The first time, take what the parameters hold: the model may have been loaded since."""
+        if not self._begun:
+            self.take()
+        self._begun = True
 
     @torch.no_grad()
     def take(self) -> None:
@@ -44,6 +51,7 @@ class Shadow:
             if saved is None or saved.shape != t.weight.shape:
                 raise MaskError(f"The state has no dense weight of {t.name} in its shape.")
             self.dense[t.name] = saved.detach().to(t.weight, copy=True)
+        self._begun = True
 
 
 class Scores:

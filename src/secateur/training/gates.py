@@ -1,0 +1,326 @@
+"""Gates on units that are trained to close: L0 regularisation with a Lagrangian to a target."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.collect import Loss
+from secateur.core.errors import (
+    BudgetError,
+    MaskError,
+    ScheduleError,
+    SecateurError,
+    SelectionError,
+    SparsityError,
+    StatsError,
+)
+from secateur.core.names import Selection, Target, unwrap
+from secateur.graph import Graph, Group
+from secateur.scoring.base import Labels, Place, Scores, finished, places
+from secateur.scoring.units import add_units, count_units, index_rows
+from secateur.shrink.entry import DEFAULT_KINDS
+from secateur.training.attach import Optimizer
+from secateur.training.method import Method
+from secateur.training.shadow import Scores as Parameters
+from secateur.training.shadow import Shadow
+
+_BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # temperature and stretch of Louizos et al.
+_SHIFT = _BETA * math.log(-_LOW / _HIGH)
+_CLAMP = math.log(100)  # of CoFi: gates further away hardly move any more
+
+
+class L0(Method):
+    r"""Close the gates of units, heads and neurons say, until a share of the parameters is gone.
+
+        graph = sc.Graph.trace(model, x)
+        l0 = sc.L0(model, graph, 0.5, begin=200, end=2000)
+        with l0.attach(optimizer):
+            ...  # the loop, as it was
+        sc.shrink_(model, x, sc.Budget.params(1.0), criterion=l0, sparsity=l0.closed())
+
+    Each unit has a gate on what it passes on, a stretched concrete variable: with u uniform and
+    :math:`\bar s = \sigma((\log u - \log(1-u) + \alpha)/\beta)(\zeta - \gamma) + \gamma`, the gate is
+    :math:`z = \min(1, \max(0, \bar s))`, drawn anew for every step. It is open with probability
+    :math:`\sigma(\alpha - \beta \log(-\gamma/\zeta))`. The expected share of parameters that is closed,
+    :math:`\hat s`, is led to its target t, which rises linearly from `begin` to `end`, by
+    :math:`\lambda_1 (\hat s - t) + \lambda_2 (\hat s - t)^2` with multipliers that ascend.
+
+    At `end` gates stop to be random: those most likely closed are closed, as many as the target needs, and
+    the others are folded into the weights at their expected value,
+    :math:`\min(1, \max(0, \sigma(\alpha)(\zeta - \gamma) + \gamma))`. Training goes on with the closed units
+    at zero, and `shrink_` removes them.
+
+    Between steps the model holds the gates drawn for the next one; `settled()` is a context in which it holds
+    the final ones, for evaluation on the way.
+
+    Args:
+        model: any module.
+        graph: its trace, whose groups are gated.
+        sparsity: fraction of the groups' parameters to remove.
+        begin: step at which the target begins to rise.
+        end: step from which on the gates stay.
+        kinds: of groups; units inside blocks by default.
+        rate: learning rate of gates and multipliers, which follows the schedule of the optimizer's.
+        initial: :math:`\alpha` at the beginning.
+        seed: of the gates' draws; the same on all ranks.
+
+    Raises:
+        SelectionError: no group whose units are passed on to weights.
+        SecateurError: another of its subclasses, for anything else wrong with the input.
+
+    Reference: Louizos et al. 2018, Learning sparse neural networks through L0 regularization, eq. 10-13; Xia
+    et al. 2022, Structured pruning learns compact and accurate models (CoFi), section 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        sparsity: float,
+        *,
+        begin: int,
+        end: int,
+        kinds: Collection[str] = DEFAULT_KINDS,
+        rate: float = 0.1,
+        initial: float = 2.2,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= sparsity < 1:
+            raise SparsityError(f"L0 removes a fraction of the units' parameters, below 1; got {sparsity}.")
+        if not 0 <= begin < end:
+            raise ScheduleError(f"L0 needs 0 <= begin < end; got begin={begin}, end={end}.")
+        if not rate > 0:
+            raise SecateurError(f"The learning rate of the gates is above 0; got {rate}.")
+        self.sparsity, self.begin, self.last, self.seed = sparsity, begin, end, seed
+        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        plain = unwrap(model)
+        self._gated: list[tuple[Group, list[Place]]] = []
+        taken: set[int] = set()
+        for group in graph.groups():
+            users = places(plain, group, graph.labels, "in") if group.kind in kinds else []
+            if users and not any(id(p.weight) in taken for p in users):
+                taken |= {id(p.weight) for p in users}
+                self._gated.append((group, users))
+        if not self._gated:
+            raise SelectionError(f"No group of {', '.join(kinds)} can be cut and is passed on to a weight.")
+        self._costs = {g.name: _costs(plain, g, graph.labels) for g, _ in self._gated}
+        targets: dict[int, Target] = {id(p.weight): p.target for _, ps in self._gated for p in ps}
+        settings = {
+            "sparsity": repr(sparsity),
+            "begin": repr(begin),
+            "end": repr(end),
+            "gates": ", ".join(g.name for g, _ in self._gated),
+            "rate": repr(rate),
+            "seed": repr(seed),
+        }
+        super().__init__(model, Selection(tuple(targets.values()), ()), settings)
+        self._shadow = Shadow(self.live.targets)
+        device = self.live.targets[0].weight.device
+        gates = {g.name: torch.full((g.size,), float(initial), device=device) for g, _ in self._gated}
+        self._alpha = Parameters(gates, rate)
+        self._multipliers = Parameters({"linear": torch.zeros(1), "square": torch.zeros(1)}, rate, True)
+        self._total = sum(float(c.sum()) for c in self._costs.values())
+        self._gradients: dict[str, Tensor] = {}
+        self._drawn: dict[str, Tensor] = {}
+        self._kept(0)  # what cannot be had fails before training
+
+    @property
+    def end(self) -> int:
+        return self.last
+
+    @property
+    def expected(self) -> float:
+        """Share of the groups' parameters that is expected to be closed."""
+        open_ = sum(float((_open(self._alpha[n]).cpu() * c).sum()) for n, c in self._costs.items())
+        return 1 - open_ / self._total
+
+    @property
+    def target(self) -> float:
+        """What `expected` is led to at the present step."""
+        share = (self.step - self.begin) / (self.last - self.begin)
+        return self.sparsity * min(1.0, max(0.0, share))
+
+    def closed(self) -> dict[str, float]:
+        """For each group the fraction of its units that is closed for good: `sparsity` of `shrink_`."""
+        return {n: float((~keep).double().mean()) for n, keep in self._kept(self._removed).items()}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Any],
+        labels: Labels,
+        batches: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+    ) -> dict[Any, Scores]:
+        """As a criterion of groups: the log odds of each unit's gate."""
+        unknown = [g.name for g in groups if g.name not in self._costs]
+        if unknown:
+            raise StatsError(
+                f"{unknown[0]} has no gates: pass kinds= of those that were gated, or exclude it."
+            )
+        return {g: finished(g, self._alpha[g.name]) for g in groups}
+
+    def start(self) -> None:
+        self._shadow.begin()
+        if self.step < self.last:
+            self._draw()
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> bool:
+        if self.step >= self.last:
+            return True
+        ahead = self.expected - self.target
+        linear, square = (float(self._multipliers[k]) for k in ("linear", "square"))
+        for group, users in self._gated:
+            alpha, drawn = self._alpha[group.name], self._drawn[group.name]
+            pull = torch.zeros(group.size, dtype=torch.float64, device=alpha.device)
+            for p in users:
+                gradient = p.weight.grad
+                if gradient is None:
+                    raise StatsError(f"{p.tensor} has no gradient: is it frozen, or out of use?")
+                flow = index_rows(gradient.float() * self._shadow.dense[p.tensor], p.dim)
+                pull += add_units(flow.sum(dim=1, dtype=torch.float64), p.labels, group.size)
+                gradient.mul_(_along(p, drawn))
+            inside = (drawn > 0) & (drawn < 1)
+            concrete = (drawn - _LOW) / (_HIGH - _LOW)
+            slope = torch.where(inside, (_HIGH - _LOW) * concrete * (1 - concrete) / _BETA, 0.0)
+            p_open = _open(alpha)
+            cost = self._costs[group.name].to(alpha.device)
+            closing = -cost * p_open * (1 - p_open) / self._total
+            self._gradients[group.name] = pull * slope + (linear + 2 * square * ahead) * closing
+        self._multipliers.step(
+            {"linear": torch.tensor([ahead]), "square": torch.tensor([ahead**2])}, optimizer
+        )
+        self._shadow.show()
+        return True
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        self.step += 1
+        if self.step > self.last:
+            self.live.write()
+            return
+        self._shadow.take()
+        self._alpha.step(self._gradients, optimizer)
+        for alpha in self._alpha.values.values():
+            alpha.clamp_(-_CLAMP, _CLAMP)
+        if self.step < self.last:
+            self._draw()
+        else:
+            self._settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict() | {"gates": self._alpha.state_dict()}
+        if self.step < self.last:
+            state["dense"] = {name: w.clone() for name, w in self._shadow.dense.items()}
+            state["multipliers"] = self._multipliers.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "gates" not in state or (self.step < self.last and "dense" not in state):
+            raise MaskError("The state lacks the gates and dense weights of L0.")
+        self._alpha.load_state_dict(state["gates"])
+        if self.step < self.last:
+            self._shadow.load(state["dense"])
+            self._multipliers.load_state_dict(state["multipliers"])
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """The model with the gates that it would have if they stayed now, for an evaluation on the way."""
+        if self.step >= self.last:
+            yield
+            return
+        self._show({name: self._final(name, keep) for name, keep in self._kept(self._removed).items()})
+        try:
+            yield
+        finally:
+            self._show(self._drawn)
+
+    @property
+    def _removed(self) -> float:
+        """Cost of what is closed at the present target."""
+        return self.target * self._total
+
+    def _draw(self) -> None:
+        for group, _ in self._gated:
+            alpha = self._alpha[group.name]
+            digest = hashlib.sha256(f"{self.seed}/{group.name}/{self.step}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            u = torch.rand(group.size, generator=generator).clamp(1e-6, 1 - 1e-6).to(alpha.device)
+            concrete = ((u.log() - (1 - u).log() + alpha) / _BETA).sigmoid()
+            self._drawn[group.name] = (concrete * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        self._show(self._drawn)
+
+    def _final(self, name: str, keep: Tensor) -> Tensor:
+        expected = (self._alpha[name].sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        return expected * keep.to(expected.device)
+
+    @torch.no_grad()
+    def _show(self, gates: Mapping[str, Tensor]) -> None:
+        for group, users in self._gated:
+            for p in users:
+                dense = self._shadow.dense[p.tensor]
+                p.weight.detach().copy_(dense * _along(p, gates[group.name]))
+
+    def _settle(self) -> None:
+        kept = self._kept(self._removed)
+        self._show({name: self._final(name, keep) for name, keep in kept.items()})
+        masks = {}
+        for group, users in self._gated:
+            for p in users:
+                keep = _along(p, kept[group.name].to(p.labels.device).float()) > 0
+                masks[p.tensor] = keep.expand_as(p.weight).clone()
+        self._change(masks, self.sparsity)
+
+    def _kept(self, removed: float) -> dict[str, Tensor]:
+        """Units that stay when at least so many parameters go, most likely closed ones first.
+
+        The unit of each group that is most likely open stays in any case.
+        """
+        alpha = [self._alpha[g.name].double().cpu() for g, _ in self._gated]
+        for a in alpha:
+            a[a.argmax()] = torch.inf
+        order = torch.cat(alpha).argsort(stable=True)
+        costs = torch.cat([self._costs[g.name] for g, _ in self._gated])
+        free = order[torch.cat(alpha)[order].isfinite()]
+        before = costs[free].cumsum(0) - costs[free]
+        most = float(costs[free].sum())
+        if self.sparsity * self._total > most:
+            raise BudgetError(
+                f"With one unit of each group kept, {most / self._total:.2%} of the groups' parameters can "
+                f"go, not {self.sparsity:.2%}."
+            )
+        keep = torch.ones(len(costs), dtype=torch.bool)
+        keep[free[before < removed]] = False
+        parts = keep.split([g.size for g, _ in self._gated])
+        return {g.name: part for (g, _), part in zip(self._gated, parts, strict=True)}
+
+
+def _open(alpha: Tensor) -> Tensor:
+    """Probability that a gate is not zero."""
+    return (alpha.double() - _SHIFT).sigmoid()
+
+
+def _along(place: Place, values: Tensor) -> Tensor:
+    """One value for each unit, on the place's weight; 1 for indices that belong to no unit."""
+    inside = torch.where(place.labels >= 0, values[place.labels.clamp(min=0)], 1.0)
+    return inside.view([-1 if i == place.dim else 1 for i in range(place.weight.dim())]).to(
+        place.weight.dtype
+    )
+
+
+def _costs(model: nn.Module, group: Group, labels: Labels) -> Tensor:
+    """Parameters of each unit, in all tensors that depend on it."""
+    costs = torch.zeros(group.size, dtype=torch.float64)
+    for p in places(model, group, labels):
+        beside = p.weight.numel() // max(1, p.weight.shape[p.dim])
+        costs += count_units(p.labels, group.size).cpu() * beside
+    return costs
