@@ -6,12 +6,15 @@
 - `method.py`: masks, step and history of a model in training, and all of it as a state to go on from.
 - `shadow.py`: dense weights behind those that the model runs on, and parameters of methods.
 - `movement.py`, `gates.py`, `reparametrize.py`: scores, gates and thresholds that are learned.
+- `rounds.py`: prune, retrain, prune.
+- `distill.py`: learning from the dense model.
 - `regularize.py`: penalties that train weights and units to zero.
 - `choice.py`: masks by score.
 - `gradual.py`, `dynamic.py`, `alternate.py`: the methods.
 """
 
 from secateur.training.alternate import ACDC, Phases, phases
+from secateur.training.distill import Distill
 from secateur.training.dynamic import SET, Dynamic, RigL
 from secateur.training.gates import L0
 from secateur.training.gradual import Gradual
@@ -19,6 +22,7 @@ from secateur.training.method import CollapseWarning
 from secateur.training.movement import Movement, Soft
 from secateur.training.regularize import L1, L2, GroupLasso, Growing, Regularize, batch_norm_scales
 from secateur.training.reparametrize import STR
+from secateur.training.rounds import Round, Rounds, fine_tuning, geometric, lr_rewinding, prune_in_rounds_
 
 __all__ = [
     "ACDC",
@@ -28,6 +32,7 @@ __all__ = [
     "SET",
     "STR",
     "CollapseWarning",
+    "Distill",
     "Dynamic",
     "Gradual",
     "GroupLasso",
@@ -36,7 +41,13 @@ __all__ = [
     "Phases",
     "Regularize",
     "RigL",
+    "Round",
+    "Rounds",
     "Soft",
     "batch_norm_scales",
+    "fine_tuning",
+    "geometric",
+    "lr_rewinding",
     "phases",
+    "prune_in_rounds_",
 ]
