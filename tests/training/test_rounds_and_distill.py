@@ -43,6 +43,7 @@ def accuracy(model) -> float:
 def dense():
     model = net()
     fit(model, torch.optim.AdamW(model.parameters(), lr=0.01), 400)
+    model.zero_grad()
     return model.train()
 
 
