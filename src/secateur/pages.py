@@ -28,6 +28,8 @@ def prune_page(report: Report, before: Inspection | None = None, after: Inspecti
         ("packed size", f"{size(report.before.packed_bytes)} → {size(report.after.packed_bytes)}"),
     ]
     sections = [layers_section(report), sizes_section(report.before, report.after)]
+    if report.history:
+        sections.insert(0, history_section(report))
     if before is not None:
         sections.append(weights_section(before, after))
     sections.append(
@@ -153,6 +155,31 @@ def sizes_section(before: Measurement, after: Measurement) -> Section:
     return Section(
         "Size and cost", figures=[bars], tables=[Table(("", "before", "after"), cost_rows(before, after))]
     )
+
+
+def history_section(report: Report) -> Section:
+    """Sparsity asked and had at each change of the masks while training, in all and by layer."""
+    changes = report.history
+    steps = [change.step for change in changes]
+    asked = Series("asked", steps, [change.asked for change in changes], dashed=True)
+    had = Series("all layers", steps, [change.sparsity for change in changes])
+    caption = "The final sparsity is exact; dynamic methods keep it and exchange weights."
+    figures = [
+        curves([had, asked], "optimizer step", "sparsity", yformat=percent, caption=caption),
+        curves(
+            [Series("weights changed", steps, [change.moved for change in changes])],
+            "optimizer step",
+            "weights that left or came back",
+            caption="How many entries of the masks each change turned.",
+        ),
+    ]
+    names = list(changes[-1].layers)
+    if 1 < len(names) <= _FEW:
+        layers = [Series(_short(n), steps, [change.layers[n] for change in changes]) for n in names]
+        figures.append(curves(layers, "optimizer step", "sparsity of the layer", yformat=percent))
+    rows = [(c.step, percent(c.asked), percent(c.sparsity), c.moved) for c in changes]
+    table = Table(("step", "asked", "removed", "entries changed"), [(str(s), *rest) for s, *rest in rows])
+    return Section("While training", figures=figures, tables=[table])
 
 
 def layers_section(report: Report) -> Section:
