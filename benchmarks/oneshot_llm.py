@@ -66,7 +66,12 @@ class Method:
 
     solver: Solver
     options: dict[str, Any] = field(default_factory=dict)
+    searched: bool = False
 
+
+# Fewer windows, levels and generations than by default: most of an hour on one core as it is.
+SEARCH = {"solver": sc.SparseGPT(), "generations": 20, "offspring": 16, "step": 0.1, "reach": 0.2}
+SEARCH_WINDOWS = 8
 
 TUNED = {"correction": 0.01, "reconstruct": sc.Reconstruct()}
 
@@ -81,6 +86,8 @@ def methods(authors: Authors | None) -> dict[str, Method]:
         "alps": Method(sc.ALPS()),
         "alps, corrected": Method(sc.ALPS(), {"correction": 0.01}),
         "alps, corrected, reconstructed": Method(sc.ALPS(), TUNED),
+        "alps, searched": Method(sc.ALPS(), searched=True),
+        "alps, searched, corrected, reconstructed": Method(sc.ALPS(), TUNED, searched=True),
     }
     if authors is None:
         return ours
@@ -112,6 +119,8 @@ def main() -> None:
         )
     for cell in arguments.cells:
         for method in arguments.methods or found:
+            if found[method].searched and isinstance(CELLS[cell][0], sc.NM):
+                continue  # the pattern fixes the sparsity of every layer
             if (cell, method, arguments.samples) not in done:
                 result = run(found[method], *CELLS[cell], arguments.samples)
                 _write({"cell": cell, "method": method, "samples": arguments.samples, **result})
@@ -124,9 +133,10 @@ def run(method: Method, pattern: Pattern, sparsity: float, samples: int) -> dict
     windows = [ids for ids, _ in realdata.calibration("wikitext2", samples + HELD_OUT, 1)]
     dense = {n: p.detach().clone() for n, p in model.named_parameters()}
     started = time.perf_counter()
-    report = sc.prune_(
-        model, method.solver, sparsity, pattern=pattern, batches=windows[:samples], **method.options
-    )
+    options = dict(method.options)
+    if method.searched:
+        options["allocation"] = sc.by_search(model, sparsity, batches=windows[:SEARCH_WINDOWS], **SEARCH)
+    report = sc.prune_(model, method.solver, sparsity, pattern=pattern, batches=windows[:samples], **options)
     seconds = time.perf_counter() - started
     return {
         "perplexity": _perplexity(model),
