@@ -56,6 +56,31 @@ def test_sparse_finetune(tmp_path: Path, data_root: Path) -> None:
     assert (tmp_path / "tuned" / "masks.safetensors").is_file()
 
 
+def test_train_digits(tmp_path: Path) -> None:
+    printed = run(tmp_path, "train_digits.py").splitlines()
+    accuracy = {line[:34].strip(): float(line.split()[-1]) for line in printed}
+    weights = {line[:34].strip(): int(line[34:].split()[0].replace(",", "")) for line in printed}
+    methods = ("gradual magnitude", "movement", "RigL, sparse from the first step", "AC/DC")
+    for name in methods:
+        assert weights[name] == weights["one shot"] < 0.1 * weights["dense"]
+        assert accuracy[name] > max(0.93, accuracy["one shot"] + 0.1)
+    report = json.loads((tmp_path / "gradual-digits" / "report.json").read_text())
+    assert report["totals"]["sparsity"] == pytest.approx(0.95, abs=1e-4)
+    assert report["history"][-1]["step"] == 600
+
+
+@pytest.mark.realdata("stories260k", "tinystories")
+def test_train_huggingface(tmp_path: Path, data_root: Path) -> None:
+    texts = json.loads((data_root / "tinystories" / "stories.json").read_text())
+    (tmp_path / "texts.json").write_text(json.dumps(texts[:250]))
+    printed = run(tmp_path, "train_huggingface.py", data_root / "stories260k", "texts.json", 30)
+    dense, pruned = (
+        float(line.split()[-1]) for line in printed.splitlines() if "{" not in line and "." in line[-7:]
+    )
+    assert dense < pruned < 6 * dense
+    assert "Once upon a time" in printed and (tmp_path / "pruned" / "masks.safetensors").is_file()
+
+
 def test_shrink_digits(tmp_path: Path) -> None:
     printed = run(tmp_path, "shrink_digits.py")
     figures = dict(

@@ -18,7 +18,7 @@ from secateur.training.distill import Distill
 from secateur.training.dynamic import SET, Dynamic, RigL
 from secateur.training.gates import L0
 from secateur.training.gradual import Gradual
-from secateur.training.method import CollapseWarning
+from secateur.training.method import CollapseWarning, Method
 from secateur.training.movement import Movement, Soft
 from secateur.training.regularize import L1, L2, GroupLasso, Growing, Regularize, batch_norm_scales
 from secateur.training.reparametrize import STR
@@ -37,6 +37,7 @@ __all__ = [
     "Gradual",
     "GroupLasso",
     "Growing",
+    "Method",
     "Movement",
     "Phases",
     "Regularize",
