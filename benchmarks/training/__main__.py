@@ -1,0 +1,126 @@
+"""Pruning while training: methods at equal epochs, three seeds, beside dense and random.
+
+    python -m benchmarks.training [--nets LeNet-5] [--sparsities 0.8 0.9] [--methods ...] [--seeds 0 1 2]
+
+All start from the same dense weights (those of `benchmarks.realdata`; VGG-16 is trained here first) and train
+for the same epochs with SGD, one cosine of the learning rate (one in each round, for rounds). Accuracy on all
+test images once, at the end; nothing is chosen by it. Seeds: order of the data and augmentation. A finished
+cell is kept in `results/training.jsonl` and not run again; the table is `results/training.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training.loop import Fit
+from benchmarks.training.methods import METHODS
+from benchmarks.training.nets import NETS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+FILE, TABLE = RESULTS / "training.jsonl", RESULTS / "training.md"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.8, 0.9, 0.95])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    done = {(r["net"], r["method"], r["sparsity"], r["seed"], r["epochs"]) for r in rows()}
+    for name in arguments.nets:
+        for seed in arguments.seeds:
+            for method in arguments.methods:
+                for sparsity in [0.0] if method == "dense" else arguments.sparsities:
+                    if (name, method, sparsity, seed, NETS[name].epochs) not in done:
+                        write(run(name, method, sparsity, seed))
+    write_table()
+
+
+def run(name: str, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """One cell."""
+    net = NETS[name]
+    model, fit = net.dense(), Fit(net, seed)
+    before = fit.accuracy(model)
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    masks = METHODS[method](model, sparsity, fit)
+    seconds = time.perf_counter() - started
+    if method != "dense":
+        masks.check(model)
+    return {
+        "net": name,
+        "method": method,
+        "sparsity": sparsity,
+        "seed": seed,
+        "epochs": net.epochs,
+        "accuracy": fit.accuracy(model),
+        "start": before,
+        "removed": masks.sparsity,
+        "emptiest": max(masks.by_layer().values()),
+        "seconds": round(seconds, 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
+def rows() -> list[dict[str, Any]]:
+    """All finished cells."""
+    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def write(row: dict[str, Any]) -> None:
+    """Keep a finished cell."""
+    with FILE.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+    print({k: row[k] for k in ("net", "method", "sparsity", "seed", "accuracy", "seconds")}, flush=True)
+
+
+def write_table() -> None:
+    """Mean and range over seeds, as Markdown."""
+    found = rows()
+    lines = [
+        "# Pruning while training",
+        "",
+        "Written by `python -m benchmarks.training`. Test accuracy in per cent, mean over seeds (lowest to "
+        "highest; number of seeds). All start from the same dense weights and train for the same epochs.",
+    ]
+    for name in NETS:
+        mine = [r for r in found if r["net"] == name]
+        if not mine:
+            continue
+        sparsities = sorted({r["sparsity"] for r in mine if r["method"] != "dense"})
+        start = 100 * mine[0]["start"]
+        lines += ["", f"## {name}, {mine[0]['epochs']} epochs, dense at the start {start:.2f}", ""]
+        lines += ["| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |"]
+        lines += ["| --- |" + " ---: |" * len(sparsities)]
+        for method in METHODS:
+            cells = []
+            for s in sparsities:
+                at = [r for r in mine if r["method"] == method and r["sparsity"] in (s, 0.0)]
+                values = [100 * r["accuracy"] for r in at]
+                if not values:
+                    cells.append("—")
+                    continue
+                spread = f"{min(values):.2f} to {max(values):.2f}; {len(values)}"
+                cells.append(f"{statistics.fmean(values):.2f} ({spread})")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
