@@ -161,6 +161,11 @@ def _embed(encoder: nn.Module, ids_BL: Tensor) -> Tensor:
     return F.normalize(total_BD / mask_BL.sum(1, keepdim=True), dim=-1)
 
 
+def sentence_ids(sentence: str) -> Tensor:
+    """Token ids [L] of one sentence, not padded."""
+    return torch.tensor(_token_ids([sentence])[0])
+
+
 def _token_ids(sentences: list[str]) -> list[list[int]]:
     ids: list[list[int]] = tokenizer(FOLDER)(sentences, truncation=True, max_length=MAX_TOKENS)["input_ids"]
     return ids
