@@ -330,6 +330,43 @@ def test_settings_that_cannot_work_fail_before_training():
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
+def test_a_method_is_attached_once():
+    model = net()
+    gmp = sc.Gradual(model, sc.Magnitude(), sc.one_shot(0.5))
+    optimizer = adamw(model)
+    first = gmp.attach(optimizer)
+    with pytest.raises(MaskError, match="attached to an optimizer already"):
+        gmp.attach(optimizer)
+    first.release()
+    gmp.attach(optimizer).release()
+
+
+def test_an_optimizer_that_evaluates_several_times():
+    """LBFGS calls the closure again and again within one step."""
+
+    def step(method_of):
+        model = net()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+        method = method_of(model)
+
+        def closure():
+            optimizer.zero_grad()
+            x, y = data(0)
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        with method.attach(optimizer):
+            for _ in range(3):
+                optimizer.step(closure)
+        return method
+
+    gmp = step(lambda m: sc.Gradual(m, sc.Magnitude(), sc.linear(0.2, 0.5, begin=1, end=3), when=sc.every(1)))
+    assert gmp.step == 3 and gmp.masks.sparsity == 0.5
+    with pytest.raises(MaskError, match="LBFGS evaluates the loss several times"):
+        step(lambda m: sc.Movement(m, sc.linear(0.2, 0.5, begin=1, end=3)))
+
+
 def test_a_falling_schedule_raises_before_anything_comes_back():
     model = net()
     gmp = sc.Gradual(model, sc.Magnitude(), sc.linear(0.6, 0.2, begin=1, end=3), when=sc.every(1))

@@ -21,6 +21,7 @@ class Hooked(Protocol):
     """What is told of every step of an optimizer."""
 
     live: LiveMasks
+    reads_gradients: bool
 
     def start(self) -> None:
         """Called once when it is attached, before the next step."""
@@ -61,6 +62,11 @@ class Attached:
             optimizer.register_step_post_hook(self._after),
         ]
 
+    @property
+    def active(self) -> bool:
+        """Whether it has not been released."""
+        return bool(self._handles)
+
     def release(self) -> None:
         """Stop; weights and masks stay as they are."""
         for handle in self._handles:
@@ -94,7 +100,12 @@ class Attached:
             if not ready:
                 ready = True
                 self._ready(optimizer)
-            elif self._mixes:  # some optimizers evaluate it several times
+            elif self._method.reads_gradients:
+                raise MaskError(
+                    f"{type(optimizer).__name__} evaluates the loss several times in a step, where "
+                    f"{type(self._method).__name__} reads its gradient once: use another optimizer."
+                )
+            elif self._mixes:
                 self._method.live.write_gradients()
             return loss
 

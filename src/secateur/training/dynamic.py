@@ -157,6 +157,8 @@ class Dynamic(Method):
         SecateurError: one of its subclasses, for anything wrong with the input.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         model: nn.Module,

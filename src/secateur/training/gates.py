@@ -79,6 +79,8 @@ class L0(Method):
     et al. 2022, Structured pruning learns compact and accurate models (CoFi), section 3.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         model: nn.Module,

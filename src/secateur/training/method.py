@@ -25,10 +25,12 @@ class CollapseWarning(UserWarning):
 
 
 class Method:
-    """Pruning of one model while it trains: `Gradual`, `Dynamic`, `ACDC`.
+    """Pruning of one model while it trains: `Gradual`, `Movement`, `Dynamic` and the others are such.
 
-    A method overrides `start`, `before_step`, `after_step` and `check`, and calls `_change` with new masks.
+    A method overrides `end`, `start`, `before_step` and `after_step`, and calls `_change` with new masks.
     """
+
+    reads_gradients = False  # of the step, once: what an optimizer with several evaluations would confuse
 
     def __init__(self, model: nn.Module, selection: Selection, settings: Mapping[str, str]) -> None:
         self.model = unwrap(model)
@@ -40,6 +42,7 @@ class Method:
         self.step = 0
         self.history: tuple[Change, ...] = ()
         self._notes: dict[str, None] = {}  # in order, each once
+        self._attached: Attached | None = None
         self._before = measure(self.model)
         self._started = time.perf_counter()
 
@@ -60,14 +63,18 @@ class Method:
 
         Raises:
             ScheduleError: training ends before the schedule does: here, by `steps`, or after the block.
-            MaskError: the optimizer trains none of the weights; at the end, a removed weight is not zero.
+            MaskError: the optimizer trains none of the weights, or the method is attached already; at the
+                end, a removed weight is not zero.
         """
         if steps is not None and steps < self.end:
             raise ScheduleError(
                 f"The schedule ends at step {self.end}, but training takes {steps} steps: the final masks "
                 "would not be reached."
             )
-        return Attached(self, optimizer, copies)
+        if self._attached is not None and self._attached.active:
+            raise MaskError("This method is attached to an optimizer already: release() that first.")
+        self._attached = Attached(self, optimizer, copies)
+        return self._attached
 
     @property
     def end(self) -> int:

@@ -76,6 +76,8 @@ class Movement(Method):
     blocks.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -97,6 +97,8 @@ class Regularize(Method):
     not the exact minimiser, but gives zeros all the same.
     """
 
+    reads_gradients = True
+
     def __init__(self, model: nn.Module, penalty: Penalty, *, where: Where | None = None) -> None:
         refuse_class(penalty)
         self.penalty = penalty
@@ -238,6 +240,8 @@ class Growing(Method):
 
     Reference: Wang et al. 2021, Neural pruning via growing regularization, algorithm 1.
     """
+
+    reads_gradients = True
 
     def __init__(
         self,

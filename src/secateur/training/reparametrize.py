@@ -49,6 +49,8 @@ class STR(Method):
     masks are exact.
     """
 
+    reads_gradients = True
+
     def __init__(
         self,
         model: nn.Module,
