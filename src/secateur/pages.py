@@ -276,10 +276,11 @@ def _spread(items: Sequence[LayerInspection], most: int) -> list[LayerInspection
 
 
 def _sentence(report: Report) -> str:
-    return (
-        f"{report.settings['criterion']} removed {report.removed:,} of {report.entries:,} weights "
-        f"({report.settings['pattern']}, allocation {report.settings['allocation']})."
-    )
+    what = f"removed {report.removed:,} of {report.entries:,} weights"
+    if "criterion" not in report.settings:  # learned while training
+        return f"While the model was trained, {what.replace('removed', 'it lost')}."
+    how = f"{report.settings['pattern']}, allocation {report.settings['allocation']}"
+    return f"{report.settings['criterion']} {what} ({how})."
 
 
 def footer(versions: Any) -> str:

@@ -122,14 +122,14 @@ def _times(old: OperatorTime, new: OperatorTime | None) -> tuple[Any, ...]:
 def _groups_section(report: ShrinkReport) -> Section:
     cut = {g.kind for g in report.groups if g.kept < g.size}
     shown = [g for g in report.groups if g.kind in cut]
-    figures = [
-        layer_bars(_labels(shown), [g.sparsity for g in shown], xlabel="units removed", format=percent)
-    ]
+    sparsities = [g.sparsity for g in shown]
+    bars = layer_bars(_labels(shown), sparsities, xlabel="units removed", format=percent) if shown else None
     rows = [
         (g.name, g.size, g.kept, percent(g.sparsity), g.places, g.inexact or "yes") for g in report.groups
     ]
     table = Table(("group", "units", "kept", "removed", "places", "exact"), rows)
-    return Section("Groups", figures=figures if shown else [], tables=[table])
+    text = "" if shown else "Nothing was removed."
+    return Section("Groups", text, figures=[bars] if bars is not None else [], tables=[table])
 
 
 def _labels(groups: Sequence[GroupRecord]) -> list[str]:

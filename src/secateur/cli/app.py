@@ -18,6 +18,7 @@ from secateur.cli.data import read_data
 from secateur.cli.evaluate import evaluate
 from secateur.cli.options import Also, Exclude, Include, MethodName, PatternText, where_of
 from secateur.cli.prune import prune
+from secateur.cli.run import run as run_recipe
 from secateur.cli.shared import FORMATS, Folder, Length, Samples, Seed, console, say
 from secateur.cli.shrink import shrink
 from secateur.core.errors import SecateurError
@@ -86,6 +87,7 @@ app.command()(prune)
 app.command()(allocate)
 app.command()(shrink)
 app.command("eval")(evaluate)
+app.command("run")(run_recipe)
 
 
 @app.command()

@@ -43,7 +43,8 @@ class L0(Method):
         l0 = sc.L0(model, graph, 0.5, begin=200, end=2000)
         with l0.attach(optimizer):
             ...  # the loop, as it was
-        sc.shrink_(model, x, sc.Budget.params(1.0), criterion=l0, sparsity=l0.closed())
+        end = {"criterion": l0, "kinds": l0.kinds, "sparsity": l0.closed()}
+        sc.shrink_(model, x, sc.Budget.params(1.0), **end)
 
     Each unit has a gate on what it passes on, a stretched concrete variable: with u uniform and
     :math:`\bar s = \sigma((\log u - \log(1-u) + \alpha)/\beta)(\zeta - \gamma) + \gamma`, the gate is
@@ -136,6 +137,11 @@ class L0(Method):
     @property
     def end(self) -> int:
         return self.last
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the groups that are gated: `kinds` of `shrink_`."""
+        return tuple(dict.fromkeys(g.kind for g, _ in self._gated))
 
     @property
     def expected(self) -> float:

@@ -1,0 +1,192 @@
+"""`secateur run`: a recipe, from the model's folder to the pruned one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from secateur import pages, recipe
+from secateur.artifacts import load_hf, save
+from secateur.budget import Budget
+from secateur.cli import shared
+from secateur.cli.data import Data, example_input, overlap_note, read_data
+from secateur.core.errors import SecateurError
+from secateur.core.files import write_text
+from secateur.graph import Graph
+from secateur.masks import Masks
+from secateur.progress import track
+from secateur.prune import prune_
+from secateur.recipe import Recipe, Training
+from secateur.record import Report
+from secateur.shrink import shrink_
+from secateur.shrink_page import shrink_page
+from secateur.shrunk import ShrinkReport
+from secateur.training import L0, Distill, GroupLasso, Method
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to prune and how to train.")]
+
+
+def run(
+    file: RecipeFile,
+    model: Annotated[Path | None, typer.Option(help="The model folder, instead of the recipe's.")] = None,
+    data: Annotated[Path | None, typer.Option(help=f"To calibrate and train on: {shared.FORMATS}.")] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option("--eval", help="To measure the loss on before and after, likewise.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result and its report.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Check the recipe and stop after so many steps, saving nothing.")
+    ] = None,
+) -> None:
+    """Carry out a recipe: prune, train, prune while training, and save the result with a report.
+
+    Recipes for the main methods lie in the folder recipes; the model, data and out that one leaves open are
+    given here.
+    """
+    asked = recipe.load(file).filled(model=model, data=data, evaluate=evaluate, out=out)
+    assert asked.model is not None and asked.data is not None and asked.out is not None
+    shared.check_out(asked.model, asked.out)
+    network, task = load_hf(asked.model)
+    read = [network, task, asked.samples, asked.length]
+    given = read_data(asked.data, asked.model, *read)
+    if given.loss is None and asked.train is not None:
+        raise SecateurError(f"A model for {task} has no loss to train on {asked.data}.")
+    held_out = read_data(asked.evaluate, asked.model, *read) if asked.evaluate else None
+    old = shared.loss_of(network, held_out)
+    teacher = copy.deepcopy(network) if asked.train is not None and asked.train.distill is not None else None
+    torch.manual_seed(asked.seed)
+    report: Report | ShrinkReport | None = _pruned(network, asked, given)
+    method: Method | None = None
+    if asked.train is not None:
+        method = _method(network, asked, given)
+        report = _trained(network, asked, given, report, method, teacher, steps)
+        if steps is not None:
+            shared.say(f"The recipe works for {steps} steps; nothing is saved.")
+            return
+    assert report is not None
+    if isinstance(method, L0 | GroupLasso):
+        report = _shrunk(network, method)
+    notes = [*given.notes, overlap_note(given, held_out)]
+    if held_out is not None:
+        notes.append(shared.loss_note(asked.evaluate, task, old, shared.loss_of(network, held_out)))
+    report = replace(report, notes=(*report.notes, *(note for note in notes if note)))
+    save(network, asked.out, report=report, source=asked.model)
+    page = shrink_page(report) if isinstance(report, ShrinkReport) else pages.prune_page(report)
+    write_text(asked.out / "report.html", page)
+    shared.console.print(report)
+    shared.say(f"Saved in {asked.out}; the report: {asked.out / 'report.html'}")
+
+
+def _pruned(model: nn.Module, asked: Recipe, given: Data) -> Report | None:
+    if asked.prune is None:
+        return None
+    solved = "correction" in asked.prune or "reconstruct" in asked.prune
+    more = {"batches": given.batches} | ({} if solved else {"loss": given.loss})
+    settings = dict(asked.prune)
+    criterion = recipe.built("prune.criterion", settings.get("criterion", "Magnitude"))
+    if not hasattr(criterion, "needs"):
+        more.pop("loss", None)  # a solver measures no loss
+    return recipe.call("prune", prune_, settings, model=model, **more)
+
+
+def _trained(
+    model: nn.Module,
+    asked: Recipe,
+    given: Data,
+    report: Report | None,
+    method: Method | None,
+    teacher: Any,
+    stop: int | None,
+) -> Report:
+    assert asked.train is not None
+    plan = asked.train
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=plan.rate, weight_decay=plan.decay
+    )
+    factor = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / max(1, plan.warmup), (plan.steps - s) / max(1, plan.steps - plan.warmup)),
+    )
+    masks = report.masks if report is not None else Masks({})
+    with ExitStack() as stack:
+        attached = None
+        if method is not None:
+            attached = method.attach(optimizer, steps=plan.steps)
+            stack.callback(attached.release)
+        if masks:
+            stack.enter_context(masks.hold(model, optimizer))
+        distill = None
+        if teacher is not None:
+            distill = stack.enter_context(
+                recipe.call(
+                    "train.distill", Distill, dict(plan.distill or {}), student=model, teacher=teacher
+                )
+            )
+        model.train()
+        for _, part in zip(
+            track(range(plan.steps if stop is None else min(stop, plan.steps)), "training"),
+            _rounds(given, plan, asked.seed),
+            strict=False,
+        ):
+            optimizer.zero_grad()
+            for batch in part:
+                output = model(**{k: v for k, v in batch.items() if k != "labels"})
+                assert given.loss is not None
+                loss = given.loss(output, batch)
+                (loss if distill is None else distill(loss, output)).div(len(part)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+            optimizer.step()
+            factor.step()
+        model.eval()
+    if masks:
+        masks.check(model)
+    if method is None:
+        if report is None:
+            raise SecateurError("The recipe trains, but nothing prunes: add prune:, or a method to train:.")
+        return report
+    if stop is None:
+        method.check()
+    return method.report()
+
+
+def _method(model: nn.Module, asked: Recipe, given: Data) -> Method | None:
+    assert asked.train is not None
+    if asked.train.method is None:
+        return None
+    more: dict[str, Any] = {"batches": given.batches[:16], "loss": given.loss}
+    if recipe.takes_graph(asked.train.method):
+        example = example_input(model)
+        if example is None:
+            raise SecateurError("The model does not say what input it takes, so its graph cannot be traced.")
+        more["graph"] = Graph.trace(model, **example)
+    return recipe.method_of(asked.train.method, model, **more)
+
+
+def _shrunk(model: nn.Module, method: L0 | GroupLasso) -> ShrinkReport:
+    """The units that training closed or emptied are removed, which changes nothing of the function."""
+    example = example_input(model)
+    closed = method.closed() if isinstance(method, L0) else method.zero_units()
+    more: dict[str, Any] = {"criterion": method, "kinds": method.kinds} if isinstance(method, L0) else {}
+    return shrink_(model, example, Budget.params(1.0), sparsity=closed, **more)
+
+
+def _rounds(given: Data, plan: Training, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """The batches of each step, in random order, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    part: list[dict[str, Any]] = []
+    examples = 0
+    while True:
+        for i in torch.randperm(len(given.batches), generator=generator).tolist():
+            part.append(given.batches[i])
+            examples += len(next(iter(part[-1].values())))
+            if examples >= plan.batch:
+                yield part
+                part, examples = [], 0

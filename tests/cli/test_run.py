@@ -1,0 +1,170 @@
+"""`secateur run`: every recipe that is shipped, and what a recipe may get wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur as sc
+from secateur import recipe
+from secateur.core.errors import SecateurError
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+Run = Callable[..., int]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of layers that tiny models lose
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """Texts for the model that knows words w3 to w63."""
+    g = torch.Generator().manual_seed(0)
+    texts = [" ".join(f"w{i}" for i in torch.randint(3, 63, (24,), generator=g).tolist()) for _ in range(40)]
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(texts))
+    return file
+
+
+def small(file: Path, tmp_path: Path) -> Path:
+    """A shipped recipe with a hundredth of its steps, everything else as it is."""
+    import yaml
+
+    data = yaml.safe_load(file.read_text())
+
+    def shorter(node: object) -> object:
+        if not isinstance(node, dict):
+            return node
+        steps = ("steps", "begin", "end", "warmup", "dense_from", "sparse_from", "period")
+        return {k: max(1, v // 50) if k in steps and v else shorter(v) for k, v in node.items()}
+
+    out = tmp_path / file.name
+    out.write_text(yaml.safe_dump(shorter(data)))
+    return out
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_shipped_recipes_run_and_keep_their_promise(
+    file: Path, speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = recipe.load(file)
+    text = file.read_text()
+    assert f"secateur run recipes/{file.name} --model" in text
+    out = tmp_path / "out"
+    short = small(file, tmp_path)
+    assert run("run", short, "--model", speaker, "--data", words, "--eval", words, "--out", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    promised = {"gradual": 0.7, "movement": 0.9, "one_shot_then_tune": 0.5, "dynamic": 0.8, "acdc": 0.8}
+    goal = promised.get(file.stem, 0.6)
+    assert report["totals"]["sparsity"] == pytest.approx(goal, abs=1e-3)
+    assert any(note.startswith("Mean loss on") for note in report["notes"])
+    assert (out / "report.html").is_file() and "Saved in" in capsys.readouterr().out
+    model = sc.load(out)
+    sc.Masks.load(out / "masks.safetensors").check(model)
+    assert asked.train is not None and asked.train.steps >= 500
+
+
+def test_a_run_is_the_api_by_hand(speaker: Path, words: Path, tmp_path: Path, run: Run) -> None:
+    """The same seed, twice, gives the same weights; without training it is `secateur prune`."""
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "prune: {criterion: Wanda, sparsity: 0.5, pattern: PerRow, where: {Where: {exclude: '*down_proj'}}}\n"
+        "train: {steps: 3, rate: 0.01}\n"
+    )
+    for name in ("a", "b"):
+        assert run("run", file, "--model", speaker, "--data", words, "--out", tmp_path / name) == 0
+    a, b = (sc.load(tmp_path / name) for name in ("a", "b"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    masks = sc.Masks.load(tmp_path / "a" / "masks.safetensors")
+    assert not any("down_proj" in name for name in masks)
+    file.write_text("prune: {criterion: Magnitude, sparsity: 0.6, allocation: global_}\n")
+    assert run("run", file, "--model", speaker, "--data", words, "--out", tmp_path / "c") == 0
+    options = ["--sparsity", 0.6, "--allocation", "global", "--out", tmp_path / "d"]
+    assert run("prune", speaker, *options) == 0
+    c, d = (sc.load(tmp_path / name) for name in ("c", "d"))
+    assert all(torch.equal(p, q) for p, q in zip(c.parameters(), d.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["L0: {sparsity: 0.3, begin: 1, end: 6}", "GroupLasso: {strength: 0.01}"])
+def test_methods_on_the_graph(method: str, speaker: Path, words: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"train:\n  steps: 8\n  method:\n    {method}\n")
+    assert run("run", file, "--model", speaker, "--data", words, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    dense = sum(p.numel() for p in sc.load_hf(speaker)[0].parameters())
+    small = sum(p.numel() for p in sc.load(tmp_path / "out").parameters())
+    assert report["after"]["parameters"] == small <= dense
+    assert small < 0.95 * dense or not method.startswith("L0")
+
+
+def test_only_checked(speaker: Path, words: Path, tmp_path: Path, run: Run) -> None:
+    command = [
+        "run",
+        RECIPES[0],
+        "--model",
+        speaker,
+        "--data",
+        words,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+    ]
+    assert run(*command) == 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("- 1", "mapping"),
+        ("a: [", "not a YAML file"),
+        ("samples: 3", "neither prunes nor trains"),
+        ("prun: {}", "did you mean prune?"),
+        ("train: {rate: 0.1}", "needs steps"),
+        ("train: {steps: 5, rates: 1}", "did you mean rate?"),
+        ("train: {steps: five}", "steps is a number"),
+        ("train: {steps: 5, warmup: 6}", "longer than 5"),
+        ("train: {steps: 5, method: Gradual}", "with its settings"),
+        ("train: {steps: 5, method: {Gradul: {}}}", "did you mean Gradual?"),
+        ("prune: {criterion: Magnitud, sparsity: 0.5}", "did you mean Magnitude?"),
+        ("prune: {criterion: os.system, sparsity: 0.5}", "is not known"),
+        ("prune: {criterion: {Magnitude: {norn: 2}}, sparsity: 0.5}", "did you mean norm?"),
+        ("prune: {criterion: {Magnitude: {norm: 7}}, sparsity: 0.5}", "prune.criterion.Magnitude: "),
+        ("prune: {criterion: Magnitude, pattern: {NM: [2, 4, 8]}}", "too many positional arguments"),
+        ("prune: {criterion: Magnitude, pattern: {NM: [four, 2]}}", "four"),
+        ("prune: !!python/object/apply:os.system ['true']", "not a YAML file"),
+    ],
+)
+def test_what_a_recipe_gets_wrong(text: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(SecateurError, match=complaint.replace("?", r"\?").replace(".", r"\.")):
+        recipe.load(file)
+
+
+def test_what_the_command_refuses(
+    speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+
+    def refused(text: str, *options: object) -> str:
+        file.write_text(text)
+        assert run("run", file, *options) != 0
+        return " ".join(capsys.readouterr().err.split())
+
+    given = ["--model", speaker, "--data", words, "--out", tmp_path / "out"]
+    assert "lacks data and out" in refused("prune: {}", "--model", speaker)
+    assert "nothing prunes" in refused("train: {steps: 2}", *given)
+    late = "train: {steps: 5, method: {Gradual: {criterion: Magnitude, schedule: {one_shot: [0.5, 9]}}}}"
+    assert "positional" in refused(late, *given)
+    late = late.replace("[0.5, 9]", "{sparsity: 0.5, at: 9}")
+    assert "ends at step 9, but training takes 5" in refused(late, *given)
+    assert "prune: Sparsity is the fraction" in refused(
+        "prune: {criterion: Magnitude, sparsity: 1.5}", *given
+    )
+    assert run("run", tmp_path / "none.yaml") != 0 and "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
