@@ -177,8 +177,8 @@ def history_section(report: Report) -> Section:
     if 1 < len(names) <= _FEW:
         layers = [Series(_short(n), steps, [change.layers[n] for change in changes]) for n in names]
         figures.append(curves(layers, "optimizer step", "sparsity of the layer", yformat=percent))
-    rows = [(c.step, percent(c.asked), percent(c.sparsity), c.moved) for c in changes]
-    table = Table(("step", "asked", "removed", "entries changed"), [(str(s), *rest) for s, *rest in rows])
+    rows = [(str(c.step), percent(c.asked), percent(c.sparsity), c.moved) for c in changes]
+    table = Table(("step", "asked", "removed", "entries changed"), rows)
     return Section("While training", figures=figures, tables=[table])
 
 

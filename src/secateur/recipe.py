@@ -183,7 +183,8 @@ def built(where: str, given: Any) -> Any:
 def call(where: str, f: Callable[..., Any], given: Any, **more: Any) -> Any:
     """`f` with arguments of a recipe, and `more` where f takes them and the recipe does not give them."""
     names = [p.name for p in inspect.signature(f).parameters.values()]
-    args, kwargs = (), {}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(given, dict):
         # Globs of `Where` and names of layers are texts, not names of constructors.
         plain = f is Where or f is allocation.custom

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,19 +56,22 @@ def run(
     assert asked.model is not None and asked.data is not None and asked.out is not None
     shared.check_out(asked.model, asked.out)
     network, task = load_hf(asked.model)
-    read = [network, task, asked.samples, asked.length]
-    given = read_data(asked.data, asked.model, *read)
+    read = partial(
+        read_data, folder=asked.model, model=network, task=task, samples=asked.samples, length=asked.length
+    )
+    given = read(asked.data)
     if given.loss is None and asked.train is not None:
         raise SecateurError(f"A model for {task} has no loss to train on {asked.data}.")
-    held_out = read_data(asked.evaluate, asked.model, *read) if asked.evaluate else None
+    held_out = read(asked.evaluate) if asked.evaluate else None
     old = shared.loss_of(network, held_out)
     teacher = copy.deepcopy(network) if asked.train is not None and asked.train.distill is not None else None
     torch.manual_seed(asked.seed)
-    report: Report | ShrinkReport | None = _pruned(network, asked, given)
+    pruned = _pruned(network, asked, given)
+    report: Report | ShrinkReport | None = pruned
     method: Method | None = None
     if asked.train is not None:
         method = _method(network, asked, given)
-        report = _trained(network, asked, given, report, method, teacher, steps)
+        report = _trained(network, asked, given, pruned, method, teacher, steps)
         if steps is not None:
             shared.say(f"The recipe works for {steps} steps; nothing is saved.")
             return

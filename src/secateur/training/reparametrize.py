@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ class STR(Method):
         """Of what the thresholds leave, the largest over all layers; ties, zeros too, in storage order."""
         targets = self.live.targets
         sizes = [t.weight.numel() for t in targets]
-        cut, taken = find_cut([lambda t=t: t.weight.detach().abs() for t in targets], sizes, self._removed)
+        cut, taken = find_cut([partial(_sizes, t) for t in targets], sizes, self._removed)
         keep, ties = {}, cut.ties
         for t, n in zip(targets, taken, strict=True):
             size = t.weight.detach().abs()
@@ -165,3 +166,7 @@ class STR(Method):
             keep[t.name] = keep_above(size, type(cut)(cut.value, equal))
             ties -= equal
         return keep
+
+
+def _sizes(target: Target) -> Tensor:
+    return target.weight.detach().abs()

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def prune_in_rounds_(
                 )
                 held = report.masks
                 pruned = measured()
-                retrain(model, lambda optimizer, held=held: held.hold(model, optimizer), number)
+                retrain(model, partial(held.hold, model), number)
                 held.check(model)
                 found = Round(number, sparsity, held.sparsity, pruned, measured())
                 if store:
