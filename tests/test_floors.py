@@ -16,7 +16,7 @@ FLOORS = [
     "masks collect batchnorm measure operators record inspection progress printing graph surgery callsites "
     "swaps",
     "prune oneshot levels layerwise shrink shrunk dropped scoring selection reconstruct layers stream "
-    "training lottery int8 lora",
+    "training lottery int8 lora fisher",
     "runtime artifacts checkpoint report pages shrink_page integrations",
     "recipe cli demo testing __init__ __main__",
 ]
