@@ -54,6 +54,7 @@ from secateur.criteria import (
     Wanda,
 )
 from secateur.dropped import DropReport, drop_least_
+from secateur.fisher import prune_fisher_
 from secateur.graph import Check, Cost, Frozen, Graph, Group, Member, rule
 from secateur.inspection import Inspection, LayerInspection, inspect
 from secateur.int8 import Quantized, QuantizeReport, quantize_, scales_of
@@ -310,6 +311,7 @@ __all__ = [
     "phases",
     "prune_",
     "prune_checkpoint",
+    "prune_fisher_",
     "prune_in_rounds_",
     "quantize_",
     "reestimate_batchnorm_",

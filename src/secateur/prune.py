@@ -118,7 +118,7 @@ def prune_(
     errors: Mapping[str, float] = {}
     # A solver writes as it goes; a pass on pruned weights can fail where that on the dense ones did not.
     careful = solver is not None or example is not None
-    with _undone_on_error(selection.targets) if careful else nullcontext():
+    with undone_on_error(selection.targets) if careful else nullcontext():
         if solver is not None:
             problem = problem_of(model, selection, solver, where, batches)
             selection = problem.selection
@@ -145,7 +145,7 @@ def prune_(
         masks.apply_(model)
         selected = time.perf_counter()
         after = measure(model, example)
-    records = _records(selection, masks, shares, errors)
+    records = records_of(selection, masks, shares, errors)
     settings = {
         "criterion": repr(criterion),
         "sparsity": "as allocated" if sparsity is None else repr(sparsity),
@@ -166,14 +166,14 @@ def prune_(
         selection.skipped,
         before,
         after,
-        (*notes, *_remarks(records)),
+        (*notes, *remarks(records)),
         {"pruning": selected - started, "measuring": time.perf_counter() - selected},
         masks,
     )
 
 
 @contextmanager
-def _undone_on_error(targets: Sequence[Target]) -> Iterator[None]:
+def undone_on_error(targets: Sequence[Target]) -> Iterator[None]:
     """Put the weights back if the body raises."""
     saved = [t.weight.detach().clone() for t in targets]
     try:
@@ -338,9 +338,10 @@ def _one_round(choose: Callable[[float], Chosen], sparsity: float, rounds: int) 
         ) from None
 
 
-def _records(
+def records_of(
     selection: Selection, masks: Masks, shares: Mapping[str, float], errors: Mapping[str, float]
 ) -> tuple[LayerRecord, ...]:
+    """What became of each layer."""
     records = []
     for t in selection.targets:
         mask = masks[t.name]
@@ -350,7 +351,8 @@ def _records(
     return tuple(records)
 
 
-def _remarks(layers: Sequence[LayerRecord]) -> tuple[str, ...]:
+def remarks(layers: Sequence[LayerRecord]) -> tuple[str, ...]:
+    """What a reader of a report must know: zeros save nothing, layers that are empty, zeros of before."""
     notes = ["Zeros in dense tensors: files and dense kernels do not get smaller or faster by themselves."]
     for layer in layers:
         if layer.removed == layer.entries:

@@ -68,7 +68,7 @@ class Estimate:
             most = max(damping for _, damping in self.raised.values())
             more = f" and {len(self.raised) - 1} more" if len(self.raised) > 1 else ""
             notes.append(
-                f"{next(iter(self.raised))}{more}: damping was raised from {self.damping:g} to up to {most:g} "
+                f"{next(iter(self.raised))}{more}: damping raised from {self.damping:g} to up to {most:g} "
                 f"in {blocks} blocks, since float32 cannot tell less from zero beside their gradients."
             )
         return tuple(notes)

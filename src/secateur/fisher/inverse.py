@@ -24,9 +24,9 @@ class InverseFisher:
 
     The matrix is cut to blocks of `block` consecutive entries. `add` every gradient, then `settle`, then ask.
 
-    Memory: `block + 16` values of float32 an entry.
+    Memory: `block + 32` values of float32 an entry.
 
-    Reference: Singh and Alistarh 2020, WoodFisher, sections 3 and 4; Kurtic et al. 2022, oBERT, section 3.
+    Reference: Singh and Alistarh 2020, WoodFisher; Kurtic et al. 2022, The optimal BERT surgeon.
     Differs from the papers: the sum is what is kept, in float32, and a few blocks at a time are inverted in
     float64. In exact arithmetic that is the recursion of Woodbury,
     $F_n^{-1} = F_{n-1}^{-1} - F_{n-1}^{-1} g_n g_n^T F_{n-1}^{-1} / (m + g_n^T F_{n-1}^{-1} g_n)$,
@@ -72,7 +72,7 @@ class InverseFisher:
             else:
                 raise NonFiniteError(
                     f"a block of the Fisher matrix has no inverse, even with a damping of "
-                    f"{float(self._damping_b[at].max()):g}"
+                    f"{float(self._damping_b[at].max()):g}: use a loss of smaller scale, or more damping."
                 )
         raised = self._damping_b > damping
         return int(raised.count_nonzero()), float(self._damping_b.max())

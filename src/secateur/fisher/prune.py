@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from secateur.fisher.inverse import InverseFisher
 from secateur.masks import Masks
 from secateur.measure import measure, zeros
 from secateur.patterns import Pattern, Unstructured
-from secateur.prune import _records, _remarks, _undone_on_error, check_targets, refuse_class, shares_of
+from secateur.prune import check_targets, records_of, refuse_class, remarks, shares_of, undone_on_error
 from secateur.record import Report
 from secateur.training.choice import on_the_way
 
@@ -56,7 +56,7 @@ def prune_fisher_(
     that stays.
 
     The model runs in evaluation mode; `.grad`, modes and torch's random state are left as they were. Memory:
-    `block + 16` values of float32 for each selected weight. Time: `gradients` passes forward and back, and
+    `block + 32` values of float32 for each selected weight. Time: `gradients` passes forward and back, and
     `block * gradients` multiplications for each weight.
 
     Args:
@@ -66,11 +66,13 @@ def prune_fisher_(
         loss: `loss(output, target)`, mean over the batch; None if the model returns its loss.
         block: entries of a layer's matrix, in a row, whose weights are taken to interact. With `Block`, its
             blocks lie one after the other, and a multiple of their size is taken.
-        damping: $\lambda$, in the units of a squared gradient. Where float32 cannot resolve it beside the
-            gradients, it is raised tenfold until it can, with a note.
+        damping: $\lambda$, in the units of a squared gradient. With too little, weights move far where the
+            gradients say nothing. oBERT takes 1e-7 for BERT; small networks, with batches of one example,
+            did best with 1e-4 to 1e-3. Where float32 cannot resolve it beside the gradients, it is raised
+            tenfold until it can, with a note.
         gradients: m, read from the first so many batches; None: all.
         recompute: steps to the target, the density falling geometrically; each measures $F$ anew on what the
-            one before it left. High sparsities need several.
+            one before it left. High sparsities need several: one step trusts the matrix too far.
         update: adapt the weights that stay.
         pattern: which entries may survive; `Unstructured()` if None. `NM` chooses by the scores of single
             weights.
@@ -83,8 +85,8 @@ def prune_fisher_(
     Raises:
         SecateurError: one of its subclasses, for anything wrong with the input.
 
-    Reference: Singh and Alistarh 2020, WoodFisher, eq. 10 to 13; Kurtic et al. 2022, oBERT, eq. 5 to 7.
-    Differs from WoodFisher: the update is joint, as in oBERT.
+    Reference: Singh and Alistarh 2020, WoodFisher; Kurtic et al. 2022, The optimal BERT surgeon. Differs from
+    WoodFisher: the update is joint, as in oBERT.
     """
     started = time.perf_counter()
     refuse_class(pattern)
@@ -96,15 +98,13 @@ def prune_fisher_(
     data = as_batches(batches, selection.targets[0].weight.device, "The Fisher matrix is measured on data")
     estimate = Estimate(model, selection.targets, data, loss, block, damping, gradients, pattern)
     before = measure(model)
-    with _undone_on_error(selection.targets):
+    with undone_on_error(selection.targets):
         for i, asked in enumerate(_steps(selection.targets, sparsity, recompute), 1):
-            inverses = estimate(f"measuring gradients, step {i} of {recompute}")
-            step = on_the_way(pattern, last=i == recompute)
-            keep, shares = _choose(selection.targets, inverses, step, allocation, asked)
-            for t in selection.targets:
-                _write_(t, inverses[t.name], keep[t.name], step, update)
+            what = f"measuring gradients, step {i} of {recompute}"
+            on_way = on_the_way(pattern, last=i == recompute)
+            keep, shares = _step_(estimate, what, on_way, allocation, asked, update)
     masks = Masks({t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in selection.targets})
-    records = _records(selection, masks, shares, {})
+    records = records_of(selection, masks, shares, {})
     settings = {
         "criterion": f"inverse Fisher(block={block}, damping={damping}, gradients={estimate.gradients})",
         "sparsity": repr(sparsity),
@@ -117,7 +117,7 @@ def prune_fisher_(
     pruned = time.perf_counter()
     after = measure(model)
     seconds = {"pruning": pruned - started, "measuring": time.perf_counter() - pruned}
-    notes = (*estimate.notes(), *_remarks(records))
+    notes = (*estimate.notes(), *remarks(records))
     return Report(settings, records, selection.skipped, before, after, notes, seconds, masks)
 
 
@@ -139,20 +139,19 @@ def _steps(targets: Sequence[Target], sparsity: float, recompute: int) -> list[f
     return [*(1 - now ** (1 - part) * (1 - sparsity) ** part for part in parts), sparsity]
 
 
-def _choose(
-    targets: Sequence[Target],
-    inverses: Mapping[str, InverseFisher],
-    pattern: Pattern,
-    allocation: Allocation,
-    sparsity: float,
+def _step_(
+    estimate: Estimate, what: str, pattern: Pattern, allocation: Allocation, sparsity: float, update: bool
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Masks in matrix layout, and the sparsity of each layer."""
-    layers = [_layer(t, inverses[t.name], pattern) for t in targets]
+    """Measure, choose and write. Returns masks in matrix layout, and the sparsity of each layer."""
+    inverses = estimate(what)
+    layers = [_layer(t, inverses[t.name], pattern) for t in estimate.targets]
     shares = shares_of(layers, allocation, sparsity)
     keep = {}
     for layer in layers:
         pattern.reachable(layer.shape, shares[layer.name])
         keep[layer.name] = pattern.keep(layer.scores(), shares[layer.name])
+    for t in estimate.targets:
+        _write_(t, inverses[t.name], keep[t.name], pattern, update)
     return keep, shares
 
 
