@@ -211,6 +211,38 @@ class Block:
         return tiles.expand(-1, self.rows, -1, self.columns).reshape(out, width)
 
 
+def on_the_way(pattern: Pattern, last: bool) -> Pattern:
+    """The pattern at a step of a schedule: itself at the last, before that what can be had on the way."""
+    return Towards(pattern) if isinstance(pattern, NM) and not last else pattern
+
+
+@dataclass(frozen=True)
+class Towards:
+    """An N:M pattern on the way: what goes is the lowest of what the pattern would remove."""
+
+    pattern: NM
+    unit = 1
+
+    def check(self, shape: torch.Size, run: int, name: str) -> None:
+        self.pattern.check(shape, run, name)
+
+    def units(self, scores: Tensor) -> Tensor:
+        return self.pattern.units(scores)
+
+    def reachable(self, shape: torch.Size, sparsity: float) -> float:
+        try:
+            return self.pattern.reachable(shape, sparsity)
+        except PatternError:
+            return count(sparsity, shape.numel()) / max(1, shape.numel())
+
+    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
+        remove, forced = count(sparsity, scores.numel()), self.pattern.forced(scores.numel())
+        if remove >= forced:
+            return self.pattern.keep(scores, sparsity)
+        stays = self.pattern.keep(scores, forced / scores.numel())
+        return keep_largest(scores.masked_fill(stays, torch.inf), remove)
+
+
 def _fit(pattern: Pattern, shape: torch.Size, rows: int, columns: int) -> None:
     """Refuse a matrix that does not divide into groups, which would otherwise run across rows."""
     if shape[0] % rows or shape[1] % columns:

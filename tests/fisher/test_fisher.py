@@ -289,7 +289,7 @@ def test_pruning_is_the_formulas_on_gradients_by_definition(
     where = ALL if pattern is None else None
     report = prune_fisher_(
         model, 0.6, batches=singles(x, y), loss=F.cross_entropy, block=block, damping=damping,
-        pattern=pattern, update=update, where=where,
+        pattern=pattern, update=update, where=where, recompute=1,
     )  # fmt: skip
     assert report.removed == total * unit
     for name, (H, w, order) in matrices.items():
@@ -397,9 +397,8 @@ def test_layers_that_the_loss_does_not_see_are_told_of() -> None:
 
 def test_raised_damping_is_told_of() -> None:
     model, (x, y) = Net(), images(4)
-    report = prune_fisher_(
-        model, 0.5, batches=singles(x, y), loss=lambda out, y: 1000 * F.cross_entropy(out, y), recompute=2
-    )
+    loud = {"loss": lambda out, y: 1000 * F.cross_entropy(out, y), "damping": 1e-7}
+    report = prune_fisher_(model, 0.5, batches=singles(x, y), recompute=2, **loud)
     assert any("damping raised from 1e-07" in note for note in report.notes)
 
 
@@ -493,7 +492,7 @@ def test_digits() -> None:
         for name, prune_ in {
             "magnitude": lambda m, how=how: sc.prune_(m, sc.Magnitude(), 0.9, **how),
             "diagonal": lambda m, how=all_: sc.prune_(m, sc.OBD(), 0.9, **how),
-            "block": lambda m, how=fisher: prune_fisher_(m, 0.9, **how),
+            "block": lambda m, how=fisher: prune_fisher_(m, 0.9, recompute=1, **how),
             "steps": lambda m, how=fisher: prune_fisher_(m, 0.9, recompute=4, **how),
         }.items():
             pruned = copy.deepcopy(model)

@@ -20,10 +20,9 @@ from secateur.fisher.estimate import Estimate, flat, unflat, unit_of
 from secateur.fisher.inverse import InverseFisher
 from secateur.masks import Masks
 from secateur.measure import measure, zeros
-from secateur.patterns import Pattern, Unstructured
+from secateur.patterns import Pattern, Unstructured, on_the_way
 from secateur.prune import check_targets, records_of, refuse_class, remarks, shares_of, undone_on_error
 from secateur.record import Report
-from secateur.training.choice import on_the_way
 
 
 def prune_fisher_(
@@ -33,9 +32,9 @@ def prune_fisher_(
     batches: Iterable[Any],
     loss: Loss | None = None,
     block: int = 50,
-    damping: float = 1e-7,
+    damping: float = 1e-4,
     gradients: int | None = None,
-    recompute: int = 1,
+    recompute: int = 4,
     update: bool = True,
     pattern: Pattern | None = None,
     allocation: Allocation = global_,

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from secateur.allocation import Allocation
 from secateur.collect import Collected, Loss, collect
-from secateur.core.errors import PatternError
 from secateur.core.names import Target, Where
-from secateur.core.topk import count, keep_largest
 from secateur.criteria import Criterion
-from secateur.patterns import NM, Pattern, Unstructured
+from secateur.patterns import Pattern, Unstructured
 from secateur.prune import check_targets, choose_masks, refuse_class
 
 
@@ -61,35 +57,3 @@ class Choice:
             "allocation": getattr(self.allocation, "__name__", repr(self.allocation)),
             "where": repr(where or Where()),
         }
-
-
-def on_the_way(pattern: Pattern, last: bool) -> Pattern:
-    """The pattern at a step of a schedule: itself at the last, before that what can be had on the way."""
-    return Towards(pattern) if isinstance(pattern, NM) and not last else pattern
-
-
-@dataclass(frozen=True)
-class Towards:
-    """An N:M pattern on the way: what goes is the lowest of what the pattern would remove."""
-
-    pattern: NM
-    unit = 1
-
-    def check(self, shape: torch.Size, run: int, name: str) -> None:
-        self.pattern.check(shape, run, name)
-
-    def units(self, scores: Tensor) -> Tensor:
-        return self.pattern.units(scores)
-
-    def reachable(self, shape: torch.Size, sparsity: float) -> float:
-        try:
-            return self.pattern.reachable(shape, sparsity)
-        except PatternError:
-            return count(sparsity, shape.numel()) / max(1, shape.numel())
-
-    def keep(self, scores: Tensor, sparsity: float) -> Tensor:
-        remove, forced = count(sparsity, scores.numel()), self.pattern.forced(scores.numel())
-        if remove >= forced:
-            return self.pattern.keep(scores, sparsity)
-        stays = self.pattern.keep(scores, forced / scores.numel())
-        return keep_largest(scores.masked_fill(stays, torch.inf), remove)

@@ -12,11 +12,11 @@ from secateur.collect import Loss
 from secateur.core.errors import ScheduleError
 from secateur.core.names import Where, select, unwrap
 from secateur.criteria import Criterion
-from secateur.patterns import Pattern
+from secateur.patterns import Pattern, on_the_way
 from secateur.prune import refuse_class
 from secateur.schedules import Schedule, When, every, is_due
 from secateur.training.attach import Optimizer
-from secateur.training.choice import Choice, on_the_way
+from secateur.training.choice import Choice
 from secateur.training.method import Method
 
 

@@ -13,11 +13,10 @@ from secateur.allocation import Allocation, Layer, global_, uniform
 from secateur.core.errors import MaskError, SecateurError, StatsError
 from secateur.core.names import Target, Where, select, unwrap
 from secateur.core.topk import count, keep_largest
-from secateur.patterns import Block, Pattern, Unstructured
+from secateur.patterns import Block, Pattern, Unstructured, on_the_way
 from secateur.prune import check_targets, refuse_class, shares_of
 from secateur.schedules import Schedule, When, every, is_due
 from secateur.training.attach import Optimizer
-from secateur.training.choice import on_the_way
 from secateur.training.method import Method
 from secateur.training.shadow import Scores, Shadow
 
