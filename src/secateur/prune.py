@@ -218,12 +218,19 @@ def choose_masks(
     """Masks in matrix layout, without touching the model."""
     collected = measured()
     layers = [as_layer(t, criterion, collected.stats.get(t.name, {}), pattern) for t in targets]
+    return *masks_of(layers, pattern, allocation, sparsity), collected.notes
+
+
+def masks_of(
+    layers: Sequence[Layer], pattern: Pattern, allocation: Allocation, sparsity: float | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Masks in matrix layout, of the scores that the layers have, and the sparsity of each."""
     shares = shares_of(layers, allocation, sparsity)
     keep = {}
     for layer in layers:
         pattern.reachable(layer.shape, shares[layer.name])
         keep[layer.name] = pattern.keep(layer.scores(), shares[layer.name])
-    return keep, shares, collected.notes
+    return keep, shares
 
 
 def as_layer(target: Target, criterion: Criterion, stats: Stats, pattern: Pattern) -> Layer:

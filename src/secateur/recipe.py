@@ -159,6 +159,8 @@ def of(data: Any) -> Recipe:
         data["train"] = Training(**given)
         if data["train"].method is not None:
             _method_of(data["train"].method)
+        elif data.get("prune") is None:
+            raise SecateurError("The recipe trains, but nothing prunes: add prune:, or a method to train:.")
     if data.get("prune") is not None:
         built("prune", _mapping("prune", data["prune"]))
     return Recipe(**data)
@@ -208,7 +210,10 @@ def call(where: str, f: Callable[..., Any], given: Any, **more: Any) -> Any:
         return f(*args, **kwargs)
     except SecateurError as error:
         raise type(error)(f"{where}: {error}") from None
-    except TypeError as error:  # a text where a number belongs
+    except TypeError as error:
+        if f not in CONSTRUCTORS.values():
+            raise  # of a whole run, it is no fault of the recipe's
+        # A text where a number belongs.
         raise SecateurError(f"{where}: {error}.") from None
 
 

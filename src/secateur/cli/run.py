@@ -21,6 +21,7 @@ from secateur.cli import shared
 from secateur.cli.data import Data, example_input, overlap_note, read_data
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
+from secateur.criteria import Criterion
 from secateur.graph import Graph
 from secateur.masks import Masks
 from secateur.progress import track
@@ -92,13 +93,9 @@ def run(
 def _pruned(model: nn.Module, asked: Recipe, given: Data) -> Report | None:
     if asked.prune is None:
         return None
-    solved = "correction" in asked.prune or "reconstruct" in asked.prune
-    more = {"batches": given.batches} | ({} if solved else {"loss": given.loss})
-    settings = dict(asked.prune)
-    criterion = recipe.built("prune.criterion", settings.get("criterion", "Magnitude"))
-    if not hasattr(criterion, "needs"):
-        more.pop("loss", None)  # a solver measures no loss
-    return recipe.call("prune", prune_, settings, model=model, **more)
+    criterion = recipe.built("prune.criterion", asked.prune.get("criterion"))
+    loss = given.loss if isinstance(criterion, Criterion) else None  # a solver measures none
+    return recipe.call("prune", prune_, dict(asked.prune), model=model, batches=given.batches, loss=loss)
 
 
 def _trained(
@@ -153,8 +150,7 @@ def _trained(
     if masks:
         masks.check(model)
     if method is None:
-        if report is None:
-            raise SecateurError("The recipe trains, but nothing prunes: add prune:, or a method to train:.")
+        assert report is not None  # a recipe that trains prunes before or meanwhile
         return report
     if stop is None:
         method.check()

@@ -21,7 +21,7 @@ from secateur.fisher.inverse import InverseFisher
 from secateur.masks import Masks
 from secateur.measure import measure, zeros
 from secateur.patterns import Pattern, Unstructured, on_the_way
-from secateur.prune import check_targets, records_of, refuse_class, remarks, shares_of, undone_on_error
+from secateur.prune import check_targets, masks_of, records_of, refuse_class, remarks, undone_on_error
 from secateur.record import Report
 
 
@@ -144,11 +144,7 @@ def _step_(
     """Measure, choose and write. Returns masks in matrix layout, and the sparsity of each layer."""
     inverses = estimate(what)
     layers = [_layer(t, inverses[t.name], pattern) for t in estimate.targets]
-    shares = shares_of(layers, allocation, sparsity)
-    keep = {}
-    for layer in layers:
-        pattern.reachable(layer.shape, shares[layer.name])
-        keep[layer.name] = pattern.keep(layer.scores(), shares[layer.name])
+    keep, shares = masks_of(layers, pattern, allocation, sparsity)
     for t in estimate.targets:
         _write_(t, inverses[t.name], keep[t.name], pattern, update)
     return keep, shares

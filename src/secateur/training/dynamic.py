@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -21,6 +20,7 @@ from secateur.prune import refuse_class
 from secateur.schedules import When, every
 from secateur.training.attach import Optimizer
 from secateur.training.choice import Choice
+from secateur.training.draws import generator_at
 from secateur.training.method import Method
 from secateur.training.optimizer_state import forget_
 
@@ -212,7 +212,7 @@ class Dynamic(Method):
             if gradient is None:
                 raise StatsError(f"{t.name} has no gradient at step {step}: is it frozen, or out of use?")
             args = (t.weight.detach(), gradient, self.live[t.name], step / max(1, self.last))
-            decided[t.name] = self.rule(*args, _generator(self.seed, t.name, step))
+            decided[t.name] = self.rule(*args, generator_at(self.seed, t.name, step))
         self._change({name: found.keep for name, found in decided.items()}, self._asked, step)
         for t in self.live.targets:
             _begin_anew(t, decided[t.name], optimizer)
@@ -223,12 +223,6 @@ def _begin_anew(target: Target, found: Exchanged, optimizer: Optimizer) -> None:
     values = torch.as_tensor(found.values, dtype=weight.dtype, device=weight.device)
     weight.copy_(torch.where(found.new, values, weight))
     forget_(optimizer, target.weight, found.new)
-
-
-def _generator(seed: int, name: str, step: int) -> torch.Generator:
-    """The same draws for a layer at a step on every rank, and after every resumption."""
-    digest = hashlib.sha256(f"{seed}/{name}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _check_fraction(rule: object, fraction: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from secateur.scoring.base import Labels, Place, Scores, finished, places
 from secateur.scoring.units import add_units, count_units, index_rows
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
+from secateur.training.draws import generator_at
 from secateur.training.method import Method
 from secateur.training.shadow import Scores as Parameters
 from secateur.training.shadow import Shadow
@@ -227,7 +227,7 @@ class L0(Method):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"gates": self._alpha.state_dict()}
         if self.step < self.last:
-            state["dense"] = {name: w.clone() for name, w in self._shadow.dense.items()}
+            state["dense"] = self._shadow.state_dict()
             state["multipliers"] = self._multipliers.state_dict()
         return state
 
@@ -260,8 +260,7 @@ class L0(Method):
     def _draw(self) -> None:
         for group, _ in self._gated:
             alpha = self._alpha[group.name]
-            digest = hashlib.sha256(f"{self.seed}/{group.name}/{self.step}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            generator = generator_at(self.seed, group.name, self.step)
             u = torch.rand(group.size, generator=generator).clamp(1e-6, 1 - 1e-6).to(alpha.device)
             concrete = ((u.log() - (1 - u).log() + alpha) / _BETA).sigmoid()
             self._drawn[group.name] = (concrete * (_HIGH - _LOW) + _LOW).clamp(0, 1)

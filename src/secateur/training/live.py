@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from secateur.core.bulk import count_nonzero, zero_
 from secateur.core.errors import MaskError
@@ -53,10 +54,9 @@ class LiveMasks:
         """Write into these copies of the model too (averages of its weights) whenever masks are written."""
         self._copies = []
         for model in models:
+            if isinstance(model, AveragedModel):
+                model = model.module
             named = dict(unwrap(model).named_parameters(remove_duplicate=False))
-            inner = getattr(model, "module", None)  # torch's AveragedModel keeps the copy there
-            if isinstance(inner, nn.Module):
-                named = dict(unwrap(inner).named_parameters(remove_duplicate=False))
             for t in self.targets:
                 parameter = named.get(t.name)
                 if parameter is None or parameter.shape != t.weight.shape:

@@ -14,7 +14,7 @@ from secateur.core.errors import MaskError, SecateurError, StatsError
 from secateur.core.names import Target, Where, select, unwrap
 from secateur.core.topk import count, keep_largest
 from secateur.patterns import Block, Pattern, Unstructured, on_the_way
-from secateur.prune import check_targets, refuse_class, shares_of
+from secateur.prune import check_targets, masks_of, refuse_class
 from secateur.schedules import Schedule, When, every, is_due
 from secateur.training.attach import Optimizer
 from secateur.training.method import Method
@@ -131,7 +131,7 @@ class Movement(Method):
                 raise StatsError(
                     f"{t.name} has no gradient at step {self.step + 1}: is it frozen, or out of use?"
                 )
-            flow = t.layout.matrix(t.weight.grad * self._shadow.dense[t.name])
+            flow = t.layout.matrix(t.weight.grad.float() * self._shadow.dense[t.name])
             self._gradients[t.name] = self.pattern.units(flow)
         self.live.write_gradients()
         self._shadow.show()
@@ -153,7 +153,7 @@ class Movement(Method):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self.step < self.end:
-            state["dense"] = {name: w.clone() for name, w in self._shadow.dense.items()}
+            state["dense"] = self._shadow.state_dict()
             state["scores"] = self._scores.state_dict()
         return state
 
@@ -206,12 +206,8 @@ class Movement(Method):
     def _by_scores(self, sparsity: float, last: bool) -> dict[str, Tensor]:
         pattern = on_the_way(self.pattern, last)
         layers = [self._layer(t, pattern) for t in self.live.targets]
-        shares = shares_of(layers, self.allocation, sparsity)
-        keep = {}
-        for layer, t in zip(layers, self.live.targets, strict=True):
-            pattern.reachable(layer.shape, shares[layer.name])
-            keep[t.name] = t.layout.restore(pattern.keep(layer.scores(), shares[layer.name]), t.weight.shape)
-        return keep
+        keep, _ = masks_of(layers, pattern, self.allocation, sparsity)
+        return {t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in self.live.targets}
 
     def _by_threshold(self) -> dict[str, Tensor]:
         assert self.soft is not None
@@ -220,9 +216,9 @@ class Movement(Method):
         for t in self.live.targets:
             scores = self._scores[t.name].sigmoid()
             kept = scores > threshold
-            least = count(1 - self.soft.floor, scores.numel())
-            if scores.numel() - int(kept.count_nonzero()) > least:
-                kept = keep_largest(scores, least)
+            most = count(1 - self.soft.floor, scores.numel())  # that may go
+            if scores.numel() - int(kept.count_nonzero()) > most:
+                kept = keep_largest(scores, most)
             keep[t.name] = t.layout.restore(_spread(self.pattern, kept, t.shape), t.weight.shape)
         return keep
 

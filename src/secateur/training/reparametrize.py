@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.allocation import global_
 from secateur.core.errors import MaskError, ScheduleError, SecateurError, StatsError
 from secateur.core.names import Target, Where, select, unwrap
-from secateur.core.topk import count, find_cut, keep_above
-from secateur.patterns import Unstructured
-from secateur.prune import check_targets
+from secateur.criteria import Magnitude
 from secateur.schedules import When, every
 from secateur.training.attach import Optimizer
+from secateur.training.choice import Choice
 from secateur.training.method import Method
 from secateur.training.shadow import Shadow
 
@@ -68,9 +67,8 @@ class STR(Method):
         if not decay >= 0:
             raise SecateurError(f"The decay of the thresholds is at least 0; got {decay}.")
         selection = select(unwrap(model), where)
-        check_targets(selection.targets, Unstructured())
-        self._units = sum(t.weight.numel() for t in selection.targets)
-        self._removed = count(sparsity, self._units)
+        self._choice = Choice(unwrap(model), selection.targets, Magnitude(), None, global_, None, None)
+        self._choice(sparsity)  # what cannot be had fails before training
         self.sparsity, self.last, self.decay, self.when = sparsity, end, decay, when
         settings = {
             "sparsity": repr(sparsity),
@@ -125,14 +123,15 @@ class STR(Method):
             self._s[name] -= rate * pull
         self._show_thresholded()
         if self.step == self.last:
-            self._change(self._exact(), self.sparsity)
+            # Of what the thresholds leave; the first zeros go first.
+            self._change(self._choice(self.sparsity)[0], self.sparsity)
         elif self.when(self.step):
             self._change({t.name: self._above(t) for t in self.live.targets}, self.sparsity)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self.step < self.last:
-            state["dense"] = {name: w.clone() for name, w in self._shadow.dense.items()}
+            state["dense"] = self._shadow.state_dict()
             state["thresholds"] = {name: s.clone() for name, s in self._s.items()}
         return state
 
@@ -153,20 +152,3 @@ class STR(Method):
         for t in self.live.targets:
             threshold = float(self._s[t.name].sigmoid())
             t.weight.detach().copy_(nn.functional.softshrink(self._shadow.dense[t.name], threshold))
-
-    def _exact(self) -> dict[str, Tensor]:
-        """Of what the thresholds leave, the largest over all layers; ties, zeros too, in storage order."""
-        targets = self.live.targets
-        sizes = [t.weight.numel() for t in targets]
-        cut, taken = find_cut([partial(_sizes, t) for t in targets], sizes, self._removed)
-        keep, ties = {}, cut.ties
-        for t, n in zip(targets, taken, strict=True):
-            size = t.weight.detach().abs()
-            equal = min(ties, n - int((size < cut.value).count_nonzero()))
-            keep[t.name] = keep_above(size, type(cut)(cut.value, equal))
-            ties -= equal
-        return keep
-
-
-def _sizes(target: Target) -> Tensor:
-    return target.weight.detach().abs()

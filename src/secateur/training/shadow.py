@@ -44,6 +44,10 @@ class Shadow:
         for t in self.targets:
             self.dense[t.name].copy_(t.weight.detach())
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies, for `load`."""
+        return {name: w.clone() for name, w in self.dense.items()}
+
     def load(self, dense: Mapping[str, Tensor]) -> None:
         """Take over saved weights; `MaskError` if they are of another model."""
         for t in self.targets:
