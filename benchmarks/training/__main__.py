@@ -1,11 +1,12 @@
 """Pruning while training: methods at equal epochs, three seeds, beside dense and random.
 
-    python -m benchmarks.training [--nets LeNet-5] [--sparsities 0.8 0.9] [--methods ...] [--seeds 0 1 2]
+    python -m benchmarks.training [--nets LeNet-5] [--sparsities 0.8 0.9] [--methods ...] [--seeds 0] [--dev]
 
 All start from the same dense weights (those of `benchmarks.realdata`; VGG-16 is trained here first) and train
 for the same epochs with SGD, one cosine of the learning rate (one in each round, for rounds). Accuracy on all
-test images once, at the end; nothing is chosen by it. Seeds: order of the data and augmentation. A finished
-cell is kept in `results/training.jsonl` and not run again; the table is `results/training.md`.
+test images once, at the end; nothing is chosen by it. `--dev` leaves every tenth training image out and
+measures there instead: learning rates are chosen so (`--rate`). Seeds: order of the data and augmentation. A
+finished cell is kept in `results/training.jsonl` and not run again; the table is `results/training.md`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ import torch
 
 from benchmarks.training.loop import Fit
 from benchmarks.training.methods import METHODS
-from benchmarks.training.nets import NETS
+from benchmarks.training.nets import NETS, Net
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FILE, TABLE = RESULTS / "training.jsonl", RESULTS / "training.md"
+KEY = ("part", "net", "method", "sparsity", "seed", "epochs", "rate")
 
 
 def main() -> None:
@@ -38,23 +41,32 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.8, 0.9, 0.95])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--dev", action="store_true")
+    parser.add_argument("--rate", type=float, help="another learning rate; with --dev only")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    done = {(r["net"], r["method"], r["sparsity"], r["seed"], r["epochs"]) for r in rows()}
+    if arguments.rate and not arguments.dev:
+        parser.error("--rate needs --dev: rates are not chosen on test images")
+    part = "dev" if arguments.dev else "test"
+    done = {tuple(r[k] for k in KEY) for r in rows()}
     for name in arguments.nets:
+        net = NETS[name] if arguments.rate is None else replace(NETS[name], rate=arguments.rate)
         for seed in arguments.seeds:
             for method in arguments.methods:
                 for sparsity in [0.0] if method == "dense" else arguments.sparsities:
-                    if (name, method, sparsity, seed, NETS[name].epochs) not in done:
-                        write(run(name, method, sparsity, seed))
+                    cell = (part, name, method, sparsity, seed, net.epochs, net.rate)
+                    if cell not in done:
+                        write(
+                            dict(zip(KEY, cell, strict=True))
+                            | run(net, method, sparsity, seed, part == "dev")
+                        )
     write_table()
 
 
-def run(name: str, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+def run(net: Net, method: str, sparsity: float, seed: int, dev: bool) -> dict[str, Any]:
     """One cell."""
-    net = NETS[name]
-    model, fit = net.dense(), Fit(net, seed)
+    model, fit = net.dense(), Fit(net, seed, dev)
     before = fit.accuracy(model)
     torch.manual_seed(seed)
     started = time.perf_counter()
@@ -63,11 +75,6 @@ def run(name: str, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     if method != "dense":
         masks.check(model)
     return {
-        "net": name,
-        "method": method,
-        "sparsity": sparsity,
-        "seed": seed,
-        "epochs": net.epochs,
         "accuracy": fit.accuracy(model),
         "start": before,
         "removed": masks.sparsity,
@@ -87,12 +94,12 @@ def write(row: dict[str, Any]) -> None:
     """Keep a finished cell."""
     with FILE.open("a", encoding="utf-8") as f:
         f.write(json.dumps(row) + "\n")
-    print({k: row[k] for k in ("net", "method", "sparsity", "seed", "accuracy", "seconds")}, flush=True)
+    print({k: row[k] for k in (*KEY, "accuracy", "seconds")}, flush=True)
 
 
 def write_table() -> None:
     """Mean and range over seeds, as Markdown."""
-    found = rows()
+    found = [r for r in rows() if r["part"] == "test"]
     lines = [
         "# Pruning while training",
         "",

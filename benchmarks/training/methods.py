@@ -10,7 +10,7 @@ import secateur as sc
 from benchmarks.training.loop import Fit
 
 Method = Callable[[nn.Module, float, Fit], sc.Masks]
-INTERVAL = 50  # steps between changes of the masks
+INTERVAL = 25  # steps between changes of the masks
 
 
 def one_shot(criterion: sc.Criterion) -> Method:
