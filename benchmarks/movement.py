@@ -2,12 +2,12 @@
 
     python -m benchmarks.movement [--sparsities 0.5 0.85 0.9 0.95 0.97] [--methods ...] [--seeds 0] [--dev]
 
-All start from the pretrained encoder and a new linear head, and train all weights but the embeddings for the
-same epochs with AdamW, in batches of questions of about one length; the linear layers of the encoder are pruned
-along one cubic schedule. The teacher is the network that the same epochs give without pruning. Accuracy on the
-test questions once, at the end. `--dev` measures on every tenth training question, left out of the training,
-instead: settings are chosen there (`--rate`). A finished cell is kept in `results/movement.jsonl` and not run
-again; the table is `results/movement.md`.
+All start from the pretrained encoder and a new linear head, and train all weights but the embeddings for
+the same epochs with AdamW, in batches of questions of about one length; the linear layers of the encoder
+are pruned along one cubic schedule. The teacher is the network that the same epochs give without pruning.
+Accuracy on the test questions once, at the end. `--dev` measures on every tenth training question, left out
+of the training, instead: settings are chosen there (`--rate`). A finished cell is kept in
+`results/movement.jsonl` and not run again; the table is `results/movement.md`.
 """
 
 from __future__ import annotations
