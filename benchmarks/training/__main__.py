@@ -4,7 +4,7 @@
 
 All start from the same dense weights (those of `benchmarks.realdata`; VGG-16 is trained here first) and train
 for the same epochs with SGD, one cosine of the learning rate (one in each round, for rounds). Accuracy on all
-test images once, at the end; nothing is chosen by it. `--dev` leaves every tenth training image out and
+test images once, at the end; nothing is chosen by it. `--dev` leaves a tenth of the training images out and
 measures there instead: learning rates are chosen so (`--rate`). Seeds: order of the data and augmentation. A
 finished cell is kept in `results/training.jsonl` and not run again; the table is `results/training.md`.
 """

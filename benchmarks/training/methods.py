@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +37,7 @@ def gradual(model: nn.Module, sparsity: float, fit: Fit) -> sc.Masks:
 def imp(model: nn.Module, sparsity: float, fit: Fit) -> sc.Masks:
     """Three rounds of a third of the epochs each, the learning rate rewound in each."""
 
-    def retrain(model: nn.Module, hold: Callable, number: int) -> None:
+    def retrain(model: nn.Module, hold: Callable[..., Any], number: int) -> None:
         fit.train(model, hold, fit.net.epochs / 3)
 
     rounds = sc.prune_in_rounds_(

@@ -54,7 +54,7 @@ class Net:
     """
 
     dense: Callable[[], nn.Module]
-    data: Callable[[str], Data]
+    data: Callable[..., Data]
     epochs: int
     rate: float
     decay: float

@@ -11,18 +11,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` while a bar shows how many are done and the time left."""
+def track(items: Iterable[T], what: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+    """Yield `items` while a bar shows how many are done, `done` of `total` before, and the time left."""
     console = Console(stderr=True)
     if total is None and hasattr(items, "__len__"):
         try:
             total = len(items)  # type: ignore[arg-type]
         except TypeError:  # a loader over a stream says it has no length
             total = None
-    done = TextColumn("{task.completed}/{task.total}")
-    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
+    count = TextColumn("{task.completed}/{task.total}")
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=total, completed=done)
         for item in items:
             yield item
             bar.advance(task)

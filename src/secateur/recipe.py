@@ -43,6 +43,7 @@ METHODS: dict[str, type[training.Method]] = {
     for f in (
         *(training.Gradual, training.Movement, training.Dynamic, training.ACDC, training.STR),
         *(training.L0, training.GroupLasso, training.Regularize, training.Growing),
+        training.UnitMovement,
     )
 }
 

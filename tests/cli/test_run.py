@@ -100,6 +100,79 @@ def test_methods_on_the_graph(method: str, speaker: Path, words: Path, tmp_path:
     assert small < 0.95 * dense or not method.startswith("L0")
 
 
+RISE = "schedule: {linear: {initial: 0, final: 0.3, begin: 1, end: 9}}, when: {every: 2}"
+LONG = {
+    "none": "",
+    "Gradual": f"{{criterion: Taylor, {RISE}}}",
+    "Movement": f"{{{RISE}}}",
+    "Dynamic": "{rule: RigL, sparsity: 0.5, end: 9, when: {every: 2}}",
+    "ACDC": "{criterion: Magnitude, sparsity: 0.5, phases: {phases: "
+    "{begin: 1, period: 2, dense_from: 5, sparse_from: 8}}}",
+    "STR": "{sparsity: 0.5, end: 9}",
+    "Growing": "{criterion: Magnitude, sparsity: 0.5, pick: 3, end: 9, increment: 0.1}",
+    "UnitMovement": f"{{{RISE}}}",
+    "L0": "{sparsity: 0.3, begin: 1, end: 9}",
+}
+
+
+@pytest.mark.parametrize("method", LONG)
+def test_the_same_command_goes_on_bit_by_bit(
+    method: str, speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    file = tmp_path / "r.yaml"
+    prune = "prune: {criterion: Wanda, sparsity: 0.5}\n" if method == "none" else ""
+    trains = "" if method == "none" else f", method: {{{method}: {LONG[method]}}}"
+    file.write_text(f"{prune}train: {{steps: 12, rate: 0.01, warmup: 2, distill: {{weight: 0.5}}{trains}}}\n")
+    command = ["run", file, "--model", speaker, "--data", words, "--save-every", 0, "--out"]
+    assert run(*command, tmp_path / "whole") == 0
+    assert not (tmp_path / "whole" / ".secateur-training").exists()
+
+    steps = 0
+
+    def stop(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        nonlocal steps
+        steps += isinstance(optimizer, torch.optim.AdamW)
+        if steps == 6:
+            raise KeyboardInterrupt
+
+    handle = register_optimizer_step_post_hook(stop)
+    try:
+        assert run(*command, tmp_path / "half") != 0
+    finally:
+        handle.remove()
+    assert (tmp_path / "half" / ".secateur-training" / "state.safetensors").is_file()
+    capsys.readouterr()
+    assert run(*command, tmp_path / "half") == 0
+    assert "Going on after step 5 of 12." in capsys.readouterr().out
+    assert not (tmp_path / "half" / ".secateur-training").exists()
+    whole, half = (sc.load(tmp_path / name) for name in ("whole", "half"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters(), strict=True))
+    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("whole", "half")]
+    assert reports[0].get("history") == reports[1].get("history")
+    assert reports[0]["after"]["parameters"] == reports[1]["after"]["parameters"]
+
+
+def test_another_run_does_not_go_on(
+    speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+    file.write_text("prune: {criterion: Magnitude, sparsity: 0.5}\ntrain: {steps: 5}\n")
+    command = ["run", file, "--model", speaker, "--data", words, "--save-every", 0, "--out", out]
+    state = out / ".secateur-training" / "state.safetensors"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"no state")
+    assert run(*command) != 0 and "not a safetensors file" in " ".join(capsys.readouterr().err.split())
+    from secateur.training.state_file import save_state
+
+    save_state({"key": "that of another run"}, state)
+    assert run(*command) != 0
+    assert "unfinished training with another recipe" in " ".join(capsys.readouterr().err.split())
+    state.unlink()  # killed before the first state: begins anew
+    assert run(*command) == 0 and not state.parent.exists()
+
+
 def test_only_checked(speaker: Path, words: Path, tmp_path: Path, run: Run) -> None:
     command = [
         "run",

@@ -53,13 +53,13 @@ def test_gradients_of_gates_and_weights_are_those_of_autograd():
     attached = l0.attach(optimizer)
     train(model, optimizer, 5)  # so that the multipliers are not zero
     dense = {n: w.clone() for n, w in l0._shadow.dense.items()}
-    alpha = {g.name: l0._alpha[g.name].clone().requires_grad_() for g, _ in l0._gated}
+    alpha = {g.name: l0._alpha[g.name].clone().requires_grad_() for g, _ in l0.units.groups}
     linear, square = (float(l0._multipliers[k]) for k in ("linear", "square"))
 
     x, y = data(5)
     weights = {n: w.clone().requires_grad_() for n, w in dense.items()}
     gated, kept, total = {}, 0.0, 0.0
-    for (group, users), name in zip(l0._gated, ("2.weight", "4.weight"), strict=True):
+    for (group, users), name in zip(l0.units.groups, ("2.weight", "4.weight"), strict=True):
         import hashlib
 
         digest = hashlib.sha256(f"0/{group.name}/5".encode()).digest()
@@ -80,7 +80,7 @@ def test_gradients_of_gates_and_weights_are_those_of_autograd():
     optimizer.zero_grad()
     F.cross_entropy(model(x), y).backward()
     l0.before_step(optimizer)
-    for group, _ in l0._gated:
+    for group, _ in l0.units.groups:
         torch.testing.assert_close(
             l0._gradients[group.name].float(), alpha[group.name].grad, rtol=1e-3, atol=1e-6
         )
@@ -104,10 +104,10 @@ def test_gates_reach_the_target_and_shrink_removes_what_they_closed(sparsity):
             settled = accuracy(model)
         train(model, optimizer, 70, 230)
     assert accuracy(model) > 0.85 and settled > 0.8
-    costs = torch.cat([c for c in l0._costs.values()])
-    closed = torch.cat([~k for k in l0._kept(l0.target * l0._total).values()])
+    costs = torch.cat([c for c in l0.units.costs.values()])
+    closed = torch.cat([~k for k in l0._kept().values()])
     gone = float(costs[closed].sum())
-    assert sparsity * l0._total <= gone < sparsity * l0._total + float(costs.max())
+    assert sparsity * l0.units.total <= gone < sparsity * l0.units.total + float(costs.max())
     x = data(1)[0]
     with torch.no_grad():
         before = model(x)
@@ -136,7 +136,7 @@ def test_gates_on_heads():
     ids = torch.arange(24).view(2, 12)
     graph = sc.Graph.trace(model, input_ids=ids)
     l0 = sc.L0(model, graph, 0.4, begin=1, end=30)
-    assert sorted({g.kind for g, _ in l0._gated}) == ["heads", "neurons"]
+    assert sorted({g.kind for g, _ in l0.units.groups}) == ["heads", "neurons"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with l0.attach(optimizer):
         for _ in range(32):

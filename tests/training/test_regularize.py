@@ -212,6 +212,70 @@ def test_growing_regularisation_leaves_little_to_lose():
         fit(model, sc.Growing(model, sc.Magnitude(), 0.9, end=200), 3)
 
 
+def test_growing_regularisation_chooses_by_how_weights_respond():
+    """GReg-2: with one penalty on all, what the loss needs stays large."""
+    model = Net()
+    first = sc.Growing(copy.deepcopy(model), sc.Magnitude(), 0.9, end=200, increment=0.002)
+    greg = sc.Growing(model, sc.Magnitude(), 0.9, end=200, pick=100, increment=0.002, interval=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model.train()
+    with greg.attach(optimizer):
+        for step in range(210):
+            x, y = pictures(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            plain = {n: p.grad.clone() for n, p in _targets(model, greg)}
+            weights = {n: p.detach().clone() for n, p in _targets(model, greg)}
+            if step == 100:
+                chosen = sc.prune_(copy.deepcopy(model), sc.Magnitude(), 0.9, allocation=sc.global_).masks
+            greg.before_step(optimizer)
+            for n, p in _targets(model, greg):
+                on = 1.0 if step < 100 else (~chosen[n]).float()
+                factor = greg.strength * on if step < 200 else 0.0
+                torch.testing.assert_close(p.grad, plain[n] + factor * weights[n])
+                p.grad.copy_(plain[n])  # the hook adds it itself
+            optimizer.step()
+    assert greg.masks == chosen
+    fit(first.model, first, 210)
+    assert greg.masks != first.masks
+    assert accuracy(model.eval()) > 0.95
+
+
+@pytest.mark.parametrize(("pick", "at"), [(0, 30), (60, 30), (20, 30), (60, 60)])
+def test_growing_goes_on_with_what_it_chose(pick, at):
+    """Not with what it would choose from the weights of the checkpoint."""
+
+    def greg(model):
+        return sc.Growing(model, sc.Magnitude(), 0.5, end=80, pick=pick, increment=0.05, interval=2)
+
+    def run(model, method, optimizer, steps):
+        model.train()
+        attached = method.attach(optimizer)
+        for step in steps:
+            x, y = pictures(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        attached.release()
+
+    whole = Net()
+    half, start = copy.deepcopy(whole), copy.deepcopy(whole)
+    method, optimizer = greg(whole), torch.optim.SGD(whole.parameters(), lr=0.05)
+    run(whole, method, optimizer, range(90))
+    begun = greg(half)
+    run(half, begun, torch.optim.SGD(half.parameters(), lr=0.05), range(at))
+    start.load_state_dict(half.state_dict())
+    later = greg(start)
+    later.load_state_dict(begun.state_dict())
+    run(start, later, torch.optim.SGD(start.parameters(), lr=0.05), range(at, 90))
+    assert later.masks == method.masks and 0.49 < method.masks.sparsity < 0.51
+    for a, b in zip(start.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+    state = begun.state_dict() | {"doomed": {}}
+    with pytest.raises(sc.MaskError, match="what of these layers"):
+        greg(Net()).load_state_dict(state | {"doomed": {"head.weight": torch.ones(1)}})
+
+
 def _targets(model, method):
     return [(t.name, t.weight) for t in method.live.targets]
 
@@ -225,6 +289,7 @@ def _targets(model, method):
         lambda m, g: sc.GroupLasso(m, g, -1.0),
         lambda m, g: sc.GroupLasso(m, g, 1.0, kinds="heads"),
         lambda m, g: sc.Growing(m, sc.Magnitude(), 0.5, end=0),
+        lambda m, g: sc.Growing(m, sc.Magnitude(), 0.5, end=9, pick=9),
         lambda m, g: sc.Growing(m, sc.Magnitude(), 1.5, end=9),
     ],
 )

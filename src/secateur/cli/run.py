@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,19 +17,20 @@ from secateur.artifacts import load_hf, save
 from secateur.budget import Budget
 from secateur.cli import shared
 from secateur.cli.data import Data, example_input, overlap_note, read_data
+from secateur.cli.training import Trainer
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.criteria import Criterion
 from secateur.graph import Graph
 from secateur.masks import Masks
-from secateur.progress import track
 from secateur.prune import prune_
-from secateur.recipe import Recipe, Training
+from secateur.recipe import Recipe
 from secateur.record import Report
 from secateur.shrink import shrink_
 from secateur.shrink_page import shrink_page
 from secateur.shrunk import ShrinkReport
-from secateur.training import L0, Distill, GroupLasso, Method
+from secateur.training import GroupLasso, Method
+from secateur.training.units import UnitMethod
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to prune and how to train.")]
 
@@ -47,11 +46,14 @@ def run(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Check the recipe and stop after so many steps, saving nothing.")
     ] = None,
+    save_every: Annotated[
+        float, typer.Option(min=0, help="Minutes of training between states to go on from.")
+    ] = 10.0,
 ) -> None:
     """Carry out a recipe: prune, train, prune while training, and save the result with a report.
 
     Recipes for the main methods lie in the folder recipes; the model, data and out that one leaves open are
-    given here.
+    given here. The same command goes on where training was killed.
     """
     asked = recipe.load(file).filled(model=model, data=data, evaluate=evaluate, out=out)
     assert asked.model is not None and asked.data is not None and asked.out is not None
@@ -70,14 +72,23 @@ def run(
     pruned = _pruned(network, asked, given)
     report: Report | ShrinkReport | None = pruned
     method: Method | None = None
+    trainer: Trainer | None = None
     if asked.train is not None:
         method = _method(network, asked, given)
-        report = _trained(network, asked, given, pruned, method, teacher, steps)
+        held = pruned.masks if pruned is not None else Masks({})
+        trainer = Trainer(network, asked, given, held, method, teacher)
         if steps is not None:
+            trainer.train(min(steps, asked.train.steps), None)
             shared.say(f"The recipe works for {steps} steps; nothing is saved.")
             return
+        if trainer.resume():
+            shared.say(f"Going on after step {trainer.step} of {asked.train.steps}.")
+        trainer.train(asked.train.steps, save_every)
+        if method is not None:
+            method.check()
+            report = method.report()
     assert report is not None
-    if isinstance(method, L0 | GroupLasso):
+    if isinstance(method, UnitMethod | GroupLasso):
         report = _shrunk(network, method)
     notes = [*given.notes, overlap_note(given, held_out)]
     if held_out is not None:
@@ -86,6 +97,8 @@ def run(
     save(network, asked.out, report=report, source=asked.model)
     page = shrink_page(report) if isinstance(report, ShrinkReport) else pages.prune_page(report)
     write_text(asked.out / "report.html", page)
+    if trainer is not None:
+        trainer.remove()
     shared.console.print(report)
     shared.say(f"Saved in {asked.out}; the report: {asked.out / 'report.html'}")
 
@@ -96,65 +109,6 @@ def _pruned(model: nn.Module, asked: Recipe, given: Data) -> Report | None:
     criterion = recipe.built("prune.criterion", asked.prune.get("criterion"))
     loss = given.loss if isinstance(criterion, Criterion) else None  # a solver measures none
     return recipe.call("prune", prune_, dict(asked.prune), model=model, batches=given.batches, loss=loss)
-
-
-def _trained(
-    model: nn.Module,
-    asked: Recipe,
-    given: Data,
-    report: Report | None,
-    method: Method | None,
-    teacher: Any,
-    stop: int | None,
-) -> Report:
-    assert asked.train is not None
-    plan = asked.train
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=plan.rate, weight_decay=plan.decay
-    )
-    factor = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / max(1, plan.warmup), (plan.steps - s) / max(1, plan.steps - plan.warmup)),
-    )
-    masks = report.masks if report is not None else Masks({})
-    with ExitStack() as stack:
-        attached = None
-        if method is not None:
-            attached = method.attach(optimizer, steps=plan.steps)
-            stack.callback(attached.release)
-        if masks:
-            stack.enter_context(masks.hold(model, optimizer))
-        distill = None
-        if teacher is not None:
-            distill = stack.enter_context(
-                recipe.call(
-                    "train.distill", Distill, dict(plan.distill or {}), student=model, teacher=teacher
-                )
-            )
-        model.train()
-        for _, part in zip(
-            track(range(plan.steps if stop is None else min(stop, plan.steps)), "training"),
-            _rounds(given, plan, asked.seed),
-            strict=False,
-        ):
-            optimizer.zero_grad()
-            for batch in part:
-                output = model(**{k: v for k, v in batch.items() if k != "labels"})
-                assert given.loss is not None
-                loss = given.loss(output, batch)
-                (loss if distill is None else distill(loss, output)).div(len(part)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-            optimizer.step()
-            factor.step()
-        model.eval()
-    if masks:
-        masks.check(model)
-    if method is None:
-        assert report is not None  # a recipe that trains prunes before or meanwhile
-        return report
-    if stop is None:
-        method.check()
-    return method.report()
 
 
 def _method(model: nn.Module, asked: Recipe, given: Data) -> Method | None:
@@ -170,23 +124,10 @@ def _method(model: nn.Module, asked: Recipe, given: Data) -> Method | None:
     return recipe.method_of(asked.train.method, model, **more)
 
 
-def _shrunk(model: nn.Module, method: L0 | GroupLasso) -> ShrinkReport:
+def _shrunk(model: nn.Module, method: UnitMethod | GroupLasso) -> ShrinkReport:
     """The units that training closed or emptied are removed, which changes nothing of the function."""
     example = example_input(model)
-    closed = method.closed() if isinstance(method, L0) else method.zero_units()
-    more: dict[str, Any] = {"criterion": method, "kinds": method.kinds} if isinstance(method, L0) else {}
-    return shrink_(model, example, Budget.params(1.0), sparsity=closed, **more)
-
-
-def _rounds(given: Data, plan: Training, seed: int) -> Iterator[list[dict[str, Any]]]:
-    """The batches of each step, in random order, again and again."""
-    generator = torch.Generator().manual_seed(seed)
-    part: list[dict[str, Any]] = []
-    examples = 0
-    while True:
-        for i in torch.randperm(len(given.batches), generator=generator).tolist():
-            part.append(given.batches[i])
-            examples += len(next(iter(part[-1].values())))
-            if examples >= plan.batch:
-                yield part
-                part, examples = [], 0
+    if isinstance(method, GroupLasso):
+        return shrink_(model, example, Budget.params(1.0), sparsity=method.zero_units())
+    end: dict[str, Any] = {"criterion": method, "kinds": method.kinds, "sparsity": method.closed()}
+    return shrink_(model, example, Budget.params(1.0), **end)

@@ -18,11 +18,13 @@ from secateur.training.distill import Distill
 from secateur.training.dynamic import SET, Dynamic, RigL
 from secateur.training.gates import L0
 from secateur.training.gradual import Gradual
+from secateur.training.growing import Growing
 from secateur.training.method import CollapseWarning, Method
 from secateur.training.movement import Movement, Soft
-from secateur.training.regularize import L1, L2, GroupLasso, Growing, Regularize, batch_norm_scales
+from secateur.training.regularize import L1, L2, GroupLasso, Regularize, batch_norm_scales
 from secateur.training.reparametrize import STR
 from secateur.training.rounds import Round, Rounds, fine_tuning, geometric, lr_rewinding, prune_in_rounds_
+from secateur.training.unit_movement import UnitMovement
 
 __all__ = [
     "ACDC",
@@ -45,6 +47,7 @@ __all__ = [
     "Round",
     "Rounds",
     "Soft",
+    "UnitMovement",
     "batch_norm_scales",
     "fine_tuning",
     "geometric",

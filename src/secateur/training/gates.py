@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.collect import Loss
-from secateur.core.errors import (
-    BudgetError,
-    MaskError,
-    ScheduleError,
-    SecateurError,
-    SelectionError,
-    SparsityError,
-    StatsError,
-)
-from secateur.core.names import Selection, Target, unwrap
-from secateur.graph import Graph, Group
-from secateur.scoring.base import Labels, Place, Scores, finished, places
-from secateur.scoring.units import add_units, count_units, index_rows
+from secateur.core.errors import MaskError, ScheduleError, SecateurError
+from secateur.graph import Graph
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
 from secateur.training.draws import generator_at
-from secateur.training.method import Method
 from secateur.training.shadow import Scores as Parameters
-from secateur.training.shadow import Shadow
+from secateur.training.units import UnitMethod, along
 
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # temperature and stretch of Louizos et al.
 _SHIFT = _BETA * math.log(-_LOW / _HIGH)
 _CLAMP = math.log(100)  # of CoFi: gates further away hardly move any more
 
 
-class L0(Method):
+class L0(UnitMethod):
     r"""Close the gates of units, heads and neurons say, until a share of the parameters is gone.
 
         graph = sc.Graph.trace(model, x)
@@ -95,85 +82,42 @@ class L0(Method):
         initial: float = 2.2,
         seed: int = 0,
     ) -> None:
-        if not 0 <= sparsity < 1:
-            raise SparsityError(f"L0 removes a fraction of the units' parameters, below 1; got {sparsity}.")
         if not 0 <= begin < end:
             raise ScheduleError(f"L0 needs 0 <= begin < end; got begin={begin}, end={end}.")
         if not rate > 0:
             raise SecateurError(f"The learning rate of the gates is above 0; got {rate}.")
         self.sparsity, self.begin, self.last, self.seed = sparsity, begin, end, seed
-        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        plain = unwrap(model)
-        self._gated: list[tuple[Group, list[Place]]] = []
-        taken: set[int] = set()
-        for group in graph.groups():
-            users = places(plain, group, graph.labels, "in") if group.kind in kinds else []
-            if users and not any(id(p.weight) in taken for p in users):
-                taken |= {id(p.weight) for p in users}
-                self._gated.append((group, users))
-        if not self._gated:
-            raise SelectionError(f"No group of {', '.join(kinds)} can be cut and is passed on to a weight.")
-        self._costs = {g.name: _costs(plain, g, graph.labels) for g, _ in self._gated}
-        targets: dict[int, Target] = {id(p.weight): p.target for _, ps in self._gated for p in ps}
         settings = {
             "sparsity": repr(sparsity),
             "begin": repr(begin),
             "end": repr(end),
-            "gates": ", ".join(g.name for g, _ in self._gated),
             "rate": repr(rate),
             "seed": repr(seed),
         }
-        super().__init__(model, Selection(tuple(targets.values()), ()), settings)
-        self._shadow = Shadow(self.live.targets)
+        super().__init__(model, graph, kinds, settings)
         device = self.live.targets[0].weight.device
-        gates = {g.name: torch.full((g.size,), float(initial), device=device) for g, _ in self._gated}
+        gates = {g.name: torch.full((g.size,), float(initial), device=device) for g, _ in self.units.groups}
         self._alpha = Parameters(gates, rate)
         self._multipliers = Parameters({"linear": torch.zeros(1), "square": torch.zeros(1)}, rate, True)
-        self._total = sum(float(c.sum()) for c in self._costs.values())
         self._gradients: dict[str, Tensor] = {}
         self._drawn: dict[str, Tensor] = {}
-        self._kept(0)  # what cannot be had fails before training
+        self.units.check(self._values(), sparsity)  # what cannot be had fails before training
 
     @property
     def end(self) -> int:
         return self.last
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """Of the groups that are gated: `kinds` of `shrink_`."""
-        return tuple(dict.fromkeys(g.kind for g, _ in self._gated))
-
-    @property
     def expected(self) -> float:
         """Share of the groups' parameters that is expected to be closed."""
-        open_ = sum(float((_open(self._alpha[n]).cpu() * c).sum()) for n, c in self._costs.items())
-        return 1 - open_ / self._total
+        open_ = sum(float((_open(self._alpha[n]).cpu() * c).sum()) for n, c in self.units.costs.items())
+        return 1 - open_ / self.units.total
 
     @property
     def target(self) -> float:
         """What `expected` is led to at the present step."""
         share = (self.step - self.begin) / (self.last - self.begin)
         return self.sparsity * min(1.0, max(0.0, share))
-
-    def closed(self) -> dict[str, float]:
-        """For each group the fraction of its units that is closed for good: `sparsity` of `shrink_`."""
-        return {n: float((~keep).double().mean()) for n, keep in self._kept(self._removed).items()}
-
-    def __call__(
-        self,
-        model: nn.Module,
-        groups: Sequence[Any],
-        labels: Labels,
-        batches: Iterable[Any] | None = None,
-        loss: Loss | None = None,
-    ) -> dict[Any, Scores]:
-        """As a criterion of groups: the log odds of each unit's gate."""
-        unknown = [g.name for g in groups if g.name not in self._costs]
-        if unknown:
-            raise StatsError(
-                f"{unknown[0]} has no gates: pass kinds= of those that were gated, or exclude it."
-            )
-        return {g: finished(g, self._alpha[g.name]) for g in groups}
 
     def start(self) -> None:
         self._shadow.begin()
@@ -186,23 +130,18 @@ class L0(Method):
             return True
         ahead = self.expected - self.target
         linear, square = (float(self._multipliers[k]) for k in ("linear", "square"))
-        for group, users in self._gated:
-            alpha, drawn = self._alpha[group.name], self._drawn[group.name]
-            pull = torch.zeros(group.size, dtype=torch.float64, device=alpha.device)
-            for p in users:
-                gradient = p.weight.grad
-                if gradient is None:
-                    raise StatsError(f"{p.tensor} has no gradient: is it frozen, or out of use?")
-                flow = index_rows(gradient.float() * self._shadow.dense[p.tensor], p.dim)
-                pull += add_units(flow.sum(dim=1, dtype=torch.float64), p.labels, group.size)
-                gradient.mul_(_along(p, drawn))
+        for name, flow in self.units.flow(self._shadow.dense).items():
+            alpha, drawn = self._alpha[name], self._drawn[name]
             inside = (drawn > 0) & (drawn < 1)
             concrete = (drawn - _LOW) / (_HIGH - _LOW)
             slope = torch.where(inside, (_HIGH - _LOW) * concrete * (1 - concrete) / _BETA, 0.0)
             p_open = _open(alpha)
-            cost = self._costs[group.name].to(alpha.device)
-            closing = -cost * p_open * (1 - p_open) / self._total
-            self._gradients[group.name] = pull * slope + (linear + 2 * square * ahead) * closing
+            closing = -self.units.costs[name].to(alpha.device) * p_open * (1 - p_open) / self.units.total
+            self._gradients[name] = flow * slope + (linear + 2 * square * ahead) * closing
+        for group, users in self.units.groups:
+            for p in users:
+                if p.weight.grad is not None:
+                    p.weight.grad.mul_(along(p, self._drawn[group.name]))
         self._multipliers.step(
             {"linear": torch.tensor([ahead]), "square": torch.tensor([ahead**2])}, optimizer
         )
@@ -246,19 +185,21 @@ class L0(Method):
         if self.step >= self.last:
             yield
             return
-        self._show({name: self._final(name, keep) for name, keep in self._kept(self._removed).items()})
+        self._show({name: self._final(name, keep) for name, keep in self._kept().items()})
         try:
             yield
         finally:
             self._show(self._drawn)
 
-    @property
-    def _removed(self) -> float:
-        """Cost of what is closed at the present target."""
-        return self.target * self._total
+    def _values(self) -> Mapping[str, Tensor]:
+        """The log odds of gates."""
+        return {g.name: self._alpha[g.name] for g, _ in self.units.groups}
+
+    def _kept(self) -> dict[str, Tensor]:
+        return self.units.kept(self._values(), self.target * self.units.total)
 
     def _draw(self) -> None:
-        for group, _ in self._gated:
+        for group, _ in self.units.groups:
             alpha = self._alpha[group.name]
             generator = generator_at(self.seed, group.name, self.step)
             u = torch.rand(group.size, generator=generator).clamp(1e-6, 1 - 1e-6).to(alpha.device)
@@ -272,62 +213,17 @@ class L0(Method):
 
     @torch.no_grad()
     def _show(self, gates: Mapping[str, Tensor]) -> None:
-        for group, users in self._gated:
+        for group, users in self.units.groups:
             for p in users:
                 dense = self._shadow.dense[p.tensor]
-                p.weight.detach().copy_(dense * _along(p, gates[group.name]))
+                p.weight.detach().copy_(dense * along(p, gates[group.name]))
 
     def _settle(self) -> None:
-        kept = self._kept(self._removed)
+        kept = self._kept()
         self._show({name: self._final(name, keep) for name, keep in kept.items()})
-        masks = {}
-        for group, users in self._gated:
-            for p in users:
-                keep = _along(p, kept[group.name].to(p.labels.device).float()) > 0
-                masks[p.tensor] = keep.expand_as(p.weight).clone()
-        self._change(masks, self.sparsity)
-
-    def _kept(self, removed: float) -> dict[str, Tensor]:
-        """Units that stay when at least so many parameters go, most likely closed ones first.
-
-        The unit of each group that is most likely open stays in any case.
-        """
-        alpha = [self._alpha[g.name].double().cpu() for g, _ in self._gated]
-        for a in alpha:
-            a[a.argmax()] = torch.inf
-        order = torch.cat(alpha).argsort(stable=True)
-        costs = torch.cat([self._costs[g.name] for g, _ in self._gated])
-        free = order[torch.cat(alpha)[order].isfinite()]
-        before = costs[free].cumsum(0) - costs[free]
-        most = float(costs[free].sum())
-        if self.sparsity * self._total > most:
-            raise BudgetError(
-                f"With one unit of each group kept, {most / self._total:.2%} of the groups' parameters can "
-                f"go, not {self.sparsity:.2%}."
-            )
-        keep = torch.ones(len(costs), dtype=torch.bool)
-        keep[free[before < removed]] = False
-        parts = keep.split([g.size for g, _ in self._gated])
-        return {g.name: part for (g, _), part in zip(self._gated, parts, strict=True)}
+        self._change(self.units.masks(kept), self.sparsity)
 
 
 def _open(alpha: Tensor) -> Tensor:
     """Probability that a gate is not zero."""
     return (alpha.double() - _SHIFT).sigmoid()
-
-
-def _along(place: Place, values: Tensor) -> Tensor:
-    """One value for each unit, on the place's weight; 1 for indices that belong to no unit."""
-    inside = torch.where(place.labels >= 0, values[place.labels.clamp(min=0)], 1.0)
-    return inside.view([-1 if i == place.dim else 1 for i in range(place.weight.dim())]).to(
-        place.weight.dtype
-    )
-
-
-def _costs(model: nn.Module, group: Group, labels: Labels) -> Tensor:
-    """Parameters of each unit, in all tensors that depend on it."""
-    costs = torch.zeros(group.size, dtype=torch.float64)
-    for p in places(model, group, labels):
-        beside = p.weight.numel() // max(1, p.weight.shape[p.dim])
-        costs += count_units(p.labels, group.size).cpu() * beside
-    return costs

@@ -10,18 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.allocation import Allocation, global_
-from secateur.core.errors import ScheduleError, SecateurError, SelectionError
+from secateur.core.errors import SecateurError, SelectionError
 from secateur.core.names import Selection, Target, Where, select, unwrap
-from secateur.criteria import Criterion
 from secateur.graph import Graph, Group
-from secateur.patterns import Pattern
 from secateur.prune import refuse_class
 from secateur.scoring.base import Place, places
 from secateur.scoring.units import add_units, count_units, index_rows
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
-from secateur.training.choice import Choice
 from secateur.training.method import Method
 
 
@@ -52,7 +48,7 @@ class L1:
     proximal: bool = True
 
     def __post_init__(self) -> None:
-        _check_strength(self, self.strength)
+        check_strength(self, self.strength)
 
     def pull(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"] | None:
         return None if self.proximal else weight.sign().mul_(self.strength)
@@ -72,7 +68,7 @@ class L2:
     strength: float
 
     def __post_init__(self) -> None:
-        _check_strength(self, self.strength)
+        check_strength(self, self.strength)
 
     def pull(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"] | None:
         return weight * self.strength
@@ -162,7 +158,7 @@ class GroupLasso(Method):
         *,
         kinds: Collection[str] = DEFAULT_KINDS,
     ) -> None:
-        _check_strength("GroupLasso", strength)
+        check_strength("GroupLasso", strength)
         self.strength = strength
         plain = unwrap(model)
         kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
@@ -215,90 +211,6 @@ class GroupLasso(Method):
         }
 
 
-class Growing(Method):
-    r"""Penalise what will be removed more and more, and remove it once it is small (GReg-1).
-
-        greg = sc.Growing(model, sc.Magnitude(), 0.9, end=9000)
-        with greg.attach(optimizer):
-            ...  # the loop, as it was
-
-    What goes is chosen once, at the beginning. Its L2 penalty then grows by `increment` every `interval`
-    steps, up to `ceiling`; at `end` it is removed, and stays away. The learning rate times the ceiling must
-    stay below 2, or the penalised weights oscillate.
-
-    Args:
-        model: any module.
-        criterion: what a weight is worth; the paper takes the magnitude.
-        sparsity: fraction of the selected layers' weights to remove.
-        end: step at which they are removed.
-        increment: by which the penalty grows.
-        interval: steps between.
-        ceiling: largest penalty.
-        pattern: which entries may survive; `Unstructured()` if None.
-        allocation: how much from each layer.
-        where: which layers; see `Where`.
-
-    Reference: Wang et al. 2021, Neural pruning via growing regularization, algorithm 1.
-    """
-
-    reads_gradients = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Criterion,
-        sparsity: float,
-        *,
-        end: int,
-        increment: float = 1e-4,
-        interval: int = 5,
-        ceiling: float = 1.0,
-        pattern: Pattern | None = None,
-        allocation: Allocation = global_,
-        where: Where | None = None,
-    ) -> None:
-        if end < 1 or interval < 1:
-            raise ScheduleError(f"Growing takes steps of at least 1; got end={end}, interval={interval}.")
-        _check_strength("Growing", increment)
-        _check_strength("Growing", ceiling)
-        self.increment, self.interval, self.ceiling, self.last = increment, interval, ceiling, end
-        self.sparsity = sparsity
-        selection = select(unwrap(model), where)
-        choice = Choice(unwrap(model), selection.targets, criterion, pattern, allocation, None, None)
-        settings = {
-            "sparsity": repr(sparsity),
-            "penalty": f"grows by {increment!r} every {interval} steps up to {ceiling!r}, until {end}",
-        }
-        super().__init__(model, selection, settings | choice.settings(where))
-        keep, notes = choice(sparsity)
-        self._notes.update(dict.fromkeys(notes))
-        self._doomed = {name: ~kept for name, kept in keep.items()}
-
-    @property
-    def end(self) -> int:
-        return self.last
-
-    @property
-    def strength(self) -> float:
-        """The penalty at the next step."""
-        return min(self.ceiling, self.increment * (self.step // self.interval))
-
-    @torch.no_grad()
-    def before_step(self, optimizer: Optimizer) -> bool:
-        if self.step < self.last:
-            for t in self.live.targets:
-                if t.weight.grad is not None:
-                    t.weight.grad.addcmul_(t.weight.detach(), self._doomed[t.name], value=self.strength)
-        return True
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        self.step += 1
-        if self.step == self.last:
-            self._change({name: ~doomed for name, doomed in self._doomed.items()}, self.sparsity)
-        else:
-            self.live.write()
-
-
 def batch_norm_scales(model: nn.Module) -> Where:
     """The scales of all batch norms, for `Regularize`: what network slimming penalises.
 
@@ -326,6 +238,7 @@ def _norms(made_by: Sequence[Place], size: int) -> Tensor:
     return squares.sqrt()
 
 
-def _check_strength(owner: object, strength: float) -> None:
+def check_strength(owner: object, strength: float) -> None:
+    """`SecateurError` unless a penalty is finite and not negative."""
     if not 0 <= strength < float("inf"):
         raise SecateurError(f"{owner}: a penalty is finite and at least 0.")
