@@ -82,6 +82,6 @@ def vgg16() -> nn.Module:
 
 NETS: dict[str, Net] = {
     "LeNet-5": Net(realdata.lenet5, realdata.fashion_mnist, 2, 0.02, 1e-4, False),
-    "ResNet-20": Net(realdata.resnet20, realdata.cifar10, 1, 0.02, 1e-4, True, 64),
+    "ResNet-20": Net(realdata.resnet20, realdata.cifar10, 1, 0.03, 1e-4, True, 64),
     "VGG-16/4": Net(vgg16, realdata.cifar10, 2, 0.02, 5e-4, True, 64),
 }
