@@ -125,6 +125,21 @@ class Recipe:
         return done
 
 
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """A recipe's file, or that of one that is shipped under this name."""
+    path = Path(name)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    if str(name) not in shipped():
+        raise SecateurError(_unknown("recipe", str(name), shipped()))
+    return shipped()[str(name)]
+
+
 def load(path: str | os.PathLike[str]) -> Recipe:
     """Read and check a recipe; `SecateurError` names what is wrong and where."""
     try:

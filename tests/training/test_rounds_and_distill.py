@@ -138,6 +138,9 @@ def test_finished_rounds_are_not_repeated(dense, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
     with pytest.raises(ArtifactError, match="other settings"):
         sc.prune_in_rounds_(model, sc.Taylor(), (0.5,), retrain, folder=tmp_path / "rounds")
+    (tmp_path / "rounds" / "rounds.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        sc.prune_in_rounds_(model, sc.Magnitude(), (0.5,), retrain, folder=tmp_path / "rounds")
 
 
 def test_learning_rates_of_retraining():

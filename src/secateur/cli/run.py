@@ -32,11 +32,17 @@ from secateur.shrunk import ShrinkReport
 from secateur.training import GroupLasso, Method
 from secateur.training.units import UnitMethod
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to prune and how to train.")]
+RecipeFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help=f"A YAML file, or one that comes with Secateur: {', '.join(recipe.shipped())}.",
+    ),
+]
 
 
 def run(
-    file: RecipeFile,
+    name: RecipeFile,
     model: Annotated[Path | None, typer.Option(help="The model folder, instead of the recipe's.")] = None,
     data: Annotated[Path | None, typer.Option(help=f"To calibrate and train on: {shared.FORMATS}.")] = None,
     evaluate: Annotated[
@@ -49,12 +55,17 @@ def run(
     save_every: Annotated[
         float, typer.Option(min=0, help="Minutes of training between states to go on from.")
     ] = 10.0,
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe, to begin one of your own.")] = False,
 ) -> None:
     """Carry out a recipe: prune, train, prune while training, and save the result with a report.
 
-    Recipes for the main methods lie in the folder recipes; the model, data and out that one leaves open are
-    given here. The same command goes on where training was killed.
+    The model, data and out that a recipe leaves open are given here. The same command goes on where training
+    was killed.
     """
+    file = recipe.find(name)
+    if show:
+        print(file.read_text(encoding="utf-8"), end="")
+        return
     asked = recipe.load(file).filled(model=model, data=data, evaluate=evaluate, out=out)
     assert asked.model is not None and asked.data is not None and asked.out is not None
     shared.check_out(asked.model, asked.out)

@@ -82,11 +82,11 @@ def collect(
     if on_data and targets:
         what = ", ".join(str(s) for s in on_data)
         data = as_batches(batches, targets[0].weight.device, f"{what} must be measured on data")
-        with evaluation(model), _same_randomness(targets):
+        with evaluation(model), same_randomness(targets):
             if activations := [s for s in on_data if isinstance(s, ActivationStat)]:
                 seen = track(data, "measuring inputs", _length(data))
                 _enter(found, measure_inputs(model, targets, activations, seen))
-            with _differentiable(model):
+            with differentiable(model):
                 if examples := [s for s in on_data if isinstance(s, ExampleStat)]:
                     seen = track(data, "measuring gradients", _length(data))
                     means, reason = measure_examples(model, targets, examples, seen, loss)
@@ -125,7 +125,7 @@ def _loss_stat(
 
 
 @contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(model: nn.Module) -> Iterator[None]:
     """Frozen weights take gradients for the while; nothing is written to `.grad`."""
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     for p in frozen:
@@ -139,7 +139,7 @@ def _differentiable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_randomness(targets: Sequence[Target]) -> Iterator[None]:
+def same_randomness(targets: Sequence[Target]) -> Iterator[None]:
     """Shuffling loaders and random layers draw from torch's generators, which are put back afterwards."""
     devices = {t.weight.device for t in targets if t.weight.is_cuda}
     with torch.random.fork_rng([*devices]):

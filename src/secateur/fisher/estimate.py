@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.collect import Loss
 from secateur.collect.batches import Batches, gradient, mean_loss
-from secateur.collect.run import _differentiable, _same_randomness
+from secateur.collect.run import differentiable, same_randomness
 from secateur.core.errors import NonFiniteError, StatsError
 from secateur.core.modes import evaluation
 from secateur.core.names import Target
@@ -79,7 +79,7 @@ class Estimate:
         gone = [t.matrix == 0 for t in self.targets]
         chosen = self.data if self.asked is None else islice(self.data, self.asked)
         seen = 0
-        with evaluation(self.model), _same_randomness(self.targets), _differentiable(self.model):
+        with evaluation(self.model), same_randomness(self.targets), differentiable(self.model):
             for batch in track(chosen, what, self.asked):
                 value = mean_loss(batch.forward(self.model), batch, self.loss)
                 seen += 1

@@ -237,7 +237,11 @@ class _Store:
         folder.mkdir(parents=True, exist_ok=True)
         plan = folder / "rounds.json"
         if plan.is_file():
-            if json.loads(plan.read_text(encoding="utf-8")) != settings:
+            try:
+                found = json.loads(plan.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ArtifactError(f"{plan} is damaged ({error}): choose another folder.") from None
+            if found != settings:
                 raise ArtifactError(f"{folder} holds rounds of other settings: choose another folder.")
         else:
             write_text(plan, json.dumps(settings, indent=1) + "\n")
