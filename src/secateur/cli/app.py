@@ -21,6 +21,7 @@ from secateur.cli.prune import prune
 from secateur.cli.run import run as run_recipe
 from secateur.cli.shared import FORMATS, Folder, Length, Samples, Seed, console, say
 from secateur.cli.shrink import shrink
+from secateur.cli.tickets import app as tickets
 from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.inspection import inspect as inspect_model
@@ -88,6 +89,7 @@ app.command()(allocate)
 app.command()(shrink)
 app.command("eval")(evaluate)
 app.command("run")(run_recipe)
+app.add_typer(tickets, name="tickets")
 
 
 @app.command()

@@ -19,8 +19,9 @@ from secateur.core.names import Where, select
 from secateur.criteria import Criterion, Magnitude
 from secateur.lottery.branches import Branch, Need, Prepared, Ticket
 from secateur.lottery.identity import describe, digest
-from secateur.lottery.rewind import Rewind, rewind_to
-from secateur.lottery.store import Finished, Store
+from secateur.lottery.rewind import Rewind, describe_rewind, rewind_to
+from secateur.lottery.store import Experiment, Finished, Store
+from secateur.lottery.table import TicketTable
 from secateur.lottery.trial import State, Trial
 from secateur.masks import Masks
 from secateur.patterns import Pattern
@@ -109,6 +110,7 @@ class Lottery:
         small: bool = True,
         name: str = "",
     ) -> None:
+        self._given = {k: v for k, v in locals().items() if k != "self"}
         for setting in (rewind, criterion, pattern, *controls):
             refuse_class(setting)
         if not 0 < rate < 1:
@@ -133,13 +135,26 @@ class Lottery:
         self.pattern, self.allocation, self.where = pattern, allocation, where
         self.batches = None if batches is None else list(batches)
         self.loss, self.small, self.name = loss, small, name
+        self._given |= {"seeds": self.seeds, "batches": self.batches, "at": self.at}  # what is read once
 
-    def __call__(self, folder: str | os.PathLike[str]) -> list[Finished]:
+    def __call__(self, folder: str | os.PathLike[str]) -> TicketTable:
         """Train what is missing in a folder, and give all trainings of the experiment."""
         store = Store(folder)
+        self.enter(store)
         for jobs in track(list(self.waves()), "trainings"):
             self.perform(store, jobs)
         return self.finished(store)
+
+    def enter(self, store: Store) -> None:
+        """Note in a folder that it holds this experiment, finished or not."""
+        keys = [self.key(job) for job in self.jobs() if job.branch is not None]
+        about = {
+            "name": self.name,
+            "seeds": list(self.seeds),
+            "levels": self.levels,
+            **{k: v for k, v in self._pruning.items() if isinstance(v, str | int | float) or k == "rewind"},
+        }
+        store.put_experiment(Experiment(self.name or describe_rewind(self.rewind), about, keys))
 
     def jobs(self) -> list[Job]:
         """All trainings, those that others need first."""
@@ -170,10 +185,14 @@ class Lottery:
         found: tuple[Need, ...] = job.branch.needs(job.level, self.rewind)
         return tuple(Job(n.branch, n.level, job.seed, n.step) for n in found)
 
-    def finished(self, store: Store) -> list[Finished]:
+    def finished(self, store: Store) -> TicketTable:
         """What a folder holds of this experiment."""
         keys = (self.key(job) for job in self.jobs() if job.branch is not None)
-        return [store.get(key) for key in keys if store.has(key)]
+        return TicketTable(tuple(store.get(key) for key in keys if store.has(key)))
+
+    def but(self, **changed: Any) -> Lottery:
+        """The same experiment with other arguments."""
+        return Lottery(**{**self._given, **changed})
 
     def settings(self, job: Job) -> dict[str, Any]:
         """All that decides a training, as plain data."""
@@ -258,7 +277,7 @@ class Lottery:
         trial.masks.check(trial.model)
         own = getattr(job.branch, "train", None)
         evaluate = getattr(job.branch, "evaluate", None) or getattr(own, "evaluate", None) or self.evaluate
-        found.values = _values(trial.model, evaluate)
+        found.values = values_of(trial.model, evaluate)
         ticket = trial.masks
         if job.branch != Ticket() and job.level:
             ticket = store.masks(self.key(Job(Ticket(), job.level, job.seed)))
@@ -342,7 +361,8 @@ class _Past:
         return report.masks
 
 
-def _values(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+def values_of(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+    """What is measured of a network, by name."""
     model.eval()
     with torch.no_grad():
         found = evaluate(model)

@@ -50,3 +50,14 @@ def rewind_rate(step: int) -> Rewind:
 def fine_tune(step: int) -> Rewind:
     """The weights stay; as many steps as from `step` to the end, at the last learning rate."""
     return Rewind(step, weights=False, rate=False)
+
+
+def describe_rewind(rewind: Rewind) -> str:
+    """In a few words.
+
+    >>> describe_rewind(rewind_to(500))
+    'rewound to step 500'
+    """
+    if rewind.weights:
+        return f"rewound to step {rewind.step}" if rewind.step else "rewound to initialisation"
+    return f"learning rate rewound to step {rewind.step}" if rewind.rate else "fine-tuned"

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,21 @@ class Finished:
         return min(losses)[1] if losses else None
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """Which trainings of a folder belong together.
+
+    Attributes:
+        name: for the reader.
+        about: what it does, as plain data.
+        keys: of its trainings, in order, finished or not.
+    """
+
+    name: str
+    about: dict[str, Any]
+    keys: list[str]
+
+
 class Store:
     """A folder of finished trainings.
 
@@ -77,6 +93,8 @@ class Store:
                                      masks.safetensors    one bit a weight
                                      state.safetensors    optimizer and random state, where training goes on
         index.sqlite                                     a row of each, made anew from the folders if lost
+        experiments/                                     which of them belong together
+        paths/                                           errors between two trainings
         partial/                                         trainings on their way
 
     A training is written under another name and renamed when it is whole: one that is there is finished.
@@ -165,6 +183,25 @@ class Store:
     def state(self, key: str) -> State:
         """The state that training goes on from."""
         return State.load(self.path(key) / _STATE)
+
+    def put_experiment(self, experiment: Experiment) -> None:
+        """Note what belongs together; once for each set of trainings."""
+        text = json.dumps(asdict(experiment), indent=1) + "\n"
+        place = self.folder / "experiments" / f"{sha256(text.encode()).hexdigest()[:16]}.json"
+        if not place.is_file():
+            write_text(place, text)
+
+    def experiments(self) -> list[Experiment]:
+        """The experiments of a folder, the oldest first."""
+        found = []
+        files = self.folder.glob("experiments/*.json")
+        for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name)):
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+                found.append(Experiment(str(data["name"]), dict(data["about"]), list(data["keys"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArtifactError(f"{path} is damaged ({error}): remove it, and run again.") from None
+        return found
 
     def all(self) -> list[Finished]:
         """All finished trainings, by the index, which is completed where folders are missing in it."""

@@ -92,6 +92,12 @@ class Plot:
         self.canvas.savefig(stream, format="svg")
         return svg.tidy(stream.getvalue())
 
+    def png(self) -> bytes:
+        """The figure in pixels, two for each unit of length, on white."""
+        stream = io.BytesIO()
+        self.canvas.savefig(stream, format="png", dpi=2 * _UNITS, facecolor="white")
+        return stream.getvalue()
+
 
 class Ticks(Formatter):
     """Tick labels by `form`, with more digits where neighbours would read the same."""

@@ -77,11 +77,13 @@ def curves(
     log_y: bool = False,
     log_density: bool = False,
     caption: str = "",
+    pixels: bool = False,
 ) -> Figure:
     """Lines with bands, and a dashed horizontal line at `reference` (name, value): accuracy over sparsity.
 
     A value that is not finite leaves a gap. `log_y` needs values above zero. `log_density` takes x for a
     sparsity in [0, 1) and spaces it by -log(1 - x), so that every halving of what is left is one step.
+    `pixels` adds the picture as PNG.
     """
     if not series:
         raise ValueError("curves() needs at least one series; got none.")
@@ -102,7 +104,8 @@ def curves(
     alt = f"Line chart of {ylabel} against {xlabel}. " + " ".join(
         _in_words(one, xformat, yformat) for one in series
     )
-    return Figure(plot.svg(), with_note(caption, missing), clean(alt))
+    png = plot.png() if pixels else None
+    return Figure(plot.svg(), with_note(caption, missing), clean(alt), png)
 
 
 @style()

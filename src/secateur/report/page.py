@@ -38,6 +38,7 @@ class Figure:
     svg: str | tuple[str, ...]
     caption: str
     alt: str
+    png: bytes | None = None  # the same in pixels, where it was asked for
 
     @property
     def panels(self) -> tuple[str, ...]:
