@@ -59,9 +59,9 @@ def compare_page(tables: Mapping[str, TicketTable]) -> str:
     found = {name: _ticket(table) for name, table in tables.items()}
     figure = curves(
         [_series(name, rows) for name, rows in found.items()],
-        "removed",
+        "weights remaining",
         "accuracy",
-        xformat=percent,
+        xformat=_remaining,
         yformat=percent,
         log_density=True,
         caption="Tickets. Bands are 95 % confidence intervals of the mean over seeds.",
@@ -81,13 +81,13 @@ def accuracy_figure(table: TicketTable) -> Figure:
     """Accuracy of all branches over what was removed, with the dense network as reference."""
     found = table.summary()
     dense = next((s for s in found if s.level == 0 and s.branch == "ticket"), None)
-    series = [_series(branch, [s for s in found if s.branch == branch]) for branch in table.branches]
+    shown = [branch for branch in table.branches if branch not in _twins(table)]
     return curves(
-        series,
-        "removed",
+        [_series(branch, [s for s in found if s.branch == branch]) for branch in shown],
+        "weights remaining",
         "accuracy",
         reference=None if dense is None else ("dense", dense.mean),
-        xformat=percent,
+        xformat=_remaining,
         yformat=percent,
         log_density=True,
         caption="Test accuracy after training. Bands are 95 % confidence intervals of the mean over seeds.",
@@ -95,9 +95,19 @@ def accuracy_figure(table: TicketTable) -> Figure:
     )
 
 
+def _remaining(removed: float, digits: int = 3, /) -> str:
+    return percent(1 - removed, digits)
+
+
 def _check(table: TicketTable) -> None:
     if not len(table):
         raise ValueError("No training of this experiment is finished yet.")
+
+
+def _twins(table: TicketTable) -> set[str]:
+    """Branches that repeat the ticket, whose curve would hide its own."""
+    kinds = {r.branch: str(dict(r.settings.get("branch") or {}).get("of", "")) for r in table}
+    return {branch for branch, kind in kinds.items() if kind.endswith(".Twin")}
 
 
 def _ticket(table: TicketTable) -> list[Summary]:
@@ -172,9 +182,9 @@ def _early_section(table: TicketTable) -> Section:
     text = "The step at which the loss on the validation data was lowest: how fast a network learns."
     figure = curves(
         [s for s in series if len(s.x)],
-        "removed",
+        "weights remaining",
         "step of early stopping",
-        xformat=percent,
+        xformat=_remaining,
         log_density=True,
         caption="Mean over seeds.",
     )
@@ -201,9 +211,9 @@ def _layers_section(table: TicketTable) -> Section:
     few = names if len(names) <= 8 else [*shown[:4], *shown[-4:]]
     figure = curves(
         [Series(name, [1 - d for d in left], densities[name]) for name in few],
-        "removed",
+        "weights remaining",
         "left of the layer",
-        xformat=percent,
+        xformat=_remaining,
         yformat=percent,
         log_density=True,
         log_y=all(min(densities[name]) > 0 for name in few),
@@ -237,10 +247,10 @@ def _paths_section(paths: Sequence[LinearPath]) -> Section:
     mean = [statistics.fmean(p.barrier for p in own[level]) for level in levels]
     over = curves(
         [Series("barrier", [1 - left[level] for level in levels], mean)],
-        "removed",
+        "weights remaining",
         "barrier",
         reference=("stable below", 0.02),
-        xformat=percent,
+        xformat=_remaining,
         yformat=percent,
         log_density=True,
         caption="Largest error on the line minus the mean of its ends.",
@@ -261,9 +271,9 @@ def _overlap_section(common: Sequence[Overlap]) -> Section:
             Series("tickets of two seeds", x, [o.iou for o in common]),
             Series("by chance", x, [o.by_chance for o in common], dashed=True),
         ],
-        "removed",
+        "weights remaining",
         "intersection over union",
-        xformat=percent,
+        xformat=_remaining,
         log_density=True,
         caption="Mean over pairs of seeds. By chance: random masks of the same density in each layer.",
     )

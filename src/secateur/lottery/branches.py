@@ -53,6 +53,7 @@ class Prepared:
     order: int = 0
 
 
+@runtime_checkable
 class Past(Protocol):
     """What branches may ask for: finished trainings, and how networks are made and pruned."""
 

@@ -6,6 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -141,7 +142,7 @@ class Trial:
             replay(scheduler, total - 1 if self.last_rate else first)
         saved = time.monotonic()
         last = total if self.stop is None else min(total, self.stop)
-        with self.masks.hold(self.model, optimizer):
+        with self.masks.hold(self.model, optimizer) if self.masks else nullcontext():
             for step in range(first, last):
                 self.step = step
                 yield step

@@ -93,9 +93,10 @@ class Plot:
         return svg.tidy(stream.getvalue())
 
     def png(self) -> bytes:
-        """The figure in pixels, two for each unit of length, on white."""
+        """The figure in pixels, two for each unit of length, on white with a margin."""
         stream = io.BytesIO()
-        self.canvas.savefig(stream, format="png", dpi=2 * _UNITS, facecolor="white")
+        look: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.2, "facecolor": "white"}
+        self.canvas.savefig(stream, format="png", dpi=2 * _UNITS, **look)
         return stream.getvalue()
 
 
