@@ -19,12 +19,14 @@ from secateur.record import versions
 def describe(value: Any) -> Any:
     """Plain data that differs where results may.
 
-    Dataclasses by their fields, tensors by a digest of their content, functions by name, defaults and source.
-    What a function closes over or reads from its module is not seen; give an experiment another name when
-    that changes.
+    Dataclasses by their fields, tensors by a digest of their content, functions by name, source, defaults and
+    what they close over, if that cannot change: numbers, texts, tensors, functions. What a function reads
+    from its module is not seen; give an experiment another name when that changes.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, bytes):
+        return value.hex()
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         content = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -38,7 +40,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, functools.partial):
         return {"of": describe(value.func), "args": describe(value.args), "with": describe(value.keywords)}
     if inspect.isroutine(value) or isinstance(value, type):
-        return {"of": _name(value), "source": _source(value), "defaults": describe(_defaults(value))}
+        known = {"of": _name(value), "source": _source(value), "defaults": describe(_defaults(value))}
+        return known | {"closes over": _closure(value)}
     return {"of": _name(type(value)), "is": repr(value)} if _says_what_it_is(value) else _name(type(value))
 
 
@@ -56,12 +59,36 @@ def _name(value: Any) -> str:
 
 
 def _source(value: Any) -> str | None:
-    if (getattr(value, "__module__", None) or "").partition(".")[0] in ("torch", "builtins"):
+    if (getattr(value, "__module__", None) or "").partition(".")[0] in ("torch", "secateur", "builtins"):
         return None  # the version says enough
+    code = getattr(value, "__code__", None)
+    # Two lambdas of one line have one source.
+    own = repr((code.co_code, code.co_names, [c for c in code.co_consts if _is_plain(c)])) if code else ""
     try:
-        return hashlib.sha256(inspect.getsource(value).encode()).hexdigest()
+        return hashlib.sha256((inspect.getsource(value) + own).encode()).hexdigest()
     except (OSError, TypeError):  # made at a prompt, or not in Python
-        return None
+        return hashlib.sha256(own.encode()).hexdigest() if own else None
+
+
+def _closure(value: Any) -> dict[str, Any]:
+    value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
+    names = getattr(getattr(value, "__code__", None), "co_freevars", ())
+    found = {}
+    for name, cell in zip(names, getattr(value, "__closure__", None) or (), strict=False):
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        is_other = inspect.isfunction(content) and content is not value and not content.__closure__
+        if _is_plain(content) or isinstance(content, Tensor) or is_other:
+            found[name] = describe(content)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str | bytes)
 
 
 def _defaults(value: Any) -> list[Any]:
