@@ -169,31 +169,6 @@ def test_pages_show_all_there_is(tmp_path: Path) -> None:
         ticket_page(TicketTable(()))
 
 
-def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from secateur.cli import main
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in arguments])
-        out = capsys.readouterr()
-        return int(end.value.code or 0), out.out, " ".join(out.err.split())
-
-    folder = tmp_path / "runs"
-    noisy(levels=1)(folder)
-    noisy(levels=1, rewind=sc.rewind_to(9))(folder)
-    code, out, _ = run("tickets", "show", folder)
-    assert code == 0 and "rewound to initialisation: 4 of 4 trainings finished" in out
-    assert "rewound to step 9: 4 of 4" in out and "60.00 %" in out
-    code, out, _ = run("tickets", "plot", folder, "--out", tmp_path / "p", "--name", "rewound to step 9")
-    assert code == 0 and (tmp_path / "p" / "tickets.html").is_file()
-    code, out, _ = run("tickets", "compare", folder, "--out", tmp_path / "c.html")
-    assert code == 0 and "2 experiments" in out and "rewound to step 9" in (tmp_path / "c.html").read_text()
-    code, _, err = run("tickets", "plot", folder, "--out", tmp_path / "p", "--name", "no")
-    assert code != 0 and "holds no experiment named 'no', but rewound" in err
-    code, _, err = run("tickets", "show", tmp_path)
-    assert code != 0 and "holds no experiment" in err
-
-
 def test_the_demo_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from secateur.ticket_demo import experiment
 

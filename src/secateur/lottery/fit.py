@@ -87,8 +87,7 @@ class Fit:
         """Train several networks of one architecture together, all from the same step on."""
         together = Together(trials, self.steps, self.optimizer, self._scheduler)
         for step in together.steps():
-            pairs = [self._examples(trial) for trial in trials]
-            x, y = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+            x, y = self._examples_of_all(trials)
             together.optimizer.zero_grad()
             outputs = together(x)
             losses = self.loss(outputs.flatten(0, 1), y.flatten(), reduction="none")
@@ -104,6 +103,13 @@ class Fit:
         i = trial.batch(len(self.inputs), self.batch)
         x = self.inputs[i]
         return (x if self.augment is None else self.augment(x, trial.generator())), self.labels[i]
+
+    def _examples_of_all(self, trials: Sequence[Trial]) -> tuple[Tensor, Tensor]:
+        if self.augment is not None:
+            pairs = [self._examples(trial) for trial in trials]
+            return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+        i = torch.stack([trial.batch(len(self.inputs), self.batch) for trial in trials])
+        return self.inputs[i], self.labels[i]
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         return None if self.schedule is None else torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)

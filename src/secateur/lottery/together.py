@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from secateur.core.errors import ScheduleError, SecateurError
 from secateur.lottery.trial import State, Trial, load_optimizer, optimizer_tensors, replay
@@ -62,8 +64,7 @@ class Together:
         self._stacked = {
             n: torch.stack([p[n].detach() for p in parameters]).requires_grad_() for n in self._names
         }
-        # A parameter that some masks leave whole needs none of its own.
-        self._removed = {n: r for n in self._names if (r := _removed(n, self.trials)) is not None}
+        self._keep = {n: k for n in self._names if (k := _keep(n, self.trials)) is not None}
         self._model = first.model
         self.optimizer = make_optimizer(list(self._stacked.values()))
         self.scheduler = make_scheduler(self.optimizer)
@@ -81,7 +82,8 @@ class Together:
             output: Tensor = functional_call(self._model, parameters, (x,))
             return output
 
-        outputs: Tensor = torch.func.vmap(one)(self._stacked, x)
+        with _OwnLinear():
+            outputs: Tensor = torch.func.vmap(one)(self._stacked, x)
         return outputs
 
     def steps(self) -> Iterator[int]:
@@ -116,23 +118,80 @@ class Together:
 
     @torch.no_grad()
     def _mask(self) -> None:
-        for name, removed in self._removed.items():
-            self._stacked[name].masked_fill_(removed, 0)
+        for name, keep in self._keep.items():
+            self._stacked[name].mul_(keep)  # ten times as fast as masked_fill_
 
 
 def _start(trial: Trial) -> tuple[int, bool, int | None, bool]:
     return trial.start, trial.last_rate, trial.stop, trial.state is None or not trial.state.optimizer
 
 
-def _removed(name: str, trials: Sequence[Trial]) -> Tensor | None:
+def _keep(name: str, trials: Sequence[Trial]) -> Tensor | None:
+    """Ones and zeros of all networks; None where all masks leave the parameter whole."""
     masks: list[Masks] = [t.masks for t in trials]
     if not any(name in m and not bool(m[name].all()) for m in masks):
         return None
-    shape = dict(trials[0].model.named_parameters())[name].shape
-    whole = torch.ones(shape, dtype=torch.bool)
-    return torch.stack([~m[name] if name in m else ~whole for m in masks])
+    weights = [dict(t.model.named_parameters())[name] for t in trials]
+    parts = [m[name].to(w) if name in m else torch.ones_like(w) for m, w in zip(masks, weights, strict=True)]
+    return torch.stack(parts).detach()
 
 
 def _stack(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors of each network's optimizer, one on the other; numbers of steps are the same in all."""
     return {n: torch.stack([s[n] for s in states]) if t.dim() else t for n, t in states[0].items()}
+
+
+class _OwnLinear(TorchFunctionMode):
+    """Linear layers whose stacked weights have gradients in their own layout.
+
+    The batching rule of torch makes them transposed, and copies them: half of the time of a small network.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _Linear.apply(input, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer that knows how it is batched."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x @ weight.T if bias is None else x @ weight.T + bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Backward is that of `_Stacked`: this function is only called batched."""
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, int]:
+        def stacked(t: Tensor, dim: int | None) -> Tensor:
+            return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+        x, weight = stacked(x, dims[0]), stacked(weight, dims[1])
+        rows = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+        out = _Stacked.apply(rows, weight, None if bias is None else stacked(bias, dims[2]))
+        return out.view(*x.shape[:-1], weight.shape[1]), 0
+
+
+class _Stacked(torch.autograd.Function):
+    """`x[n] @ weight[n].T + bias[n]` for `[networks, rows, in]`, `[networks, out, in]`, `[networks, out]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        if bias is None:
+            return torch.bmm(x, weight.transpose(1, 2))
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x = torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None
+        return to_x, torch.bmm(grad.transpose(1, 2), x), grad.sum(1) if ctx.has_bias else None
