@@ -81,6 +81,16 @@ def test_train_huggingface(tmp_path: Path, data_root: Path) -> None:
     assert "Once upon a time" in printed and (tmp_path / "pruned" / "masks.safetensors").is_file()
 
 
+def test_tickets(tmp_path: Path) -> None:
+    printed = run(tmp_path, "tickets.py")
+    last = [float(cell.split()[0]) for cell in re.findall(r"[\d.]+ ±", printed.splitlines()[-3])]
+    ticket, twin, by_chance = last
+    assert ticket > 90 and twin > 90 and ticket > by_chance
+    assert "Highest barrier" in printed
+    for name in ("tickets.html", "tickets.png", "tickets.csv"):
+        assert (tmp_path / "tickets" / name).is_file()
+
+
 def test_shrink_digits(tmp_path: Path) -> None:
     printed = run(tmp_path, "shrink_digits.py")
     figures = dict(

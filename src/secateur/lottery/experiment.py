@@ -135,6 +135,7 @@ class Lottery:
         self.pattern, self.allocation, self.where = pattern, allocation, where
         self.batches = None if batches is None else list(batches)
         self.loss, self.small, self.name = loss, small, name
+        self._fits: bool | None = None  # whether networks can be trained together
         self._given |= {"seeds": self.seeds, "batches": self.batches, "at": self.at}  # what is read once
 
     def __call__(self, folder: str | os.PathLike[str]) -> TicketTable:
@@ -209,13 +210,23 @@ class Lottery:
             self._keys[job] = digest(self.settings(job))
         return self._keys[job]
 
+    def together(self, jobs: Sequence[Job]) -> bool:
+        """Whether jobs of a wave are one batched training."""
+        by_others = any(hasattr(job.branch, "train") for job in jobs)
+        if not (self.small and len(jobs) > 1 and isinstance(self.train, TrainsMany)) or by_others:
+            return False
+        if self._fits is None:
+            with torch.random.fork_rng(devices=[]):
+                self._fits = self.train.can_train_many(self.make_model())
+        return self._fits
+
     def perform(self, store: Store, jobs: Sequence[Job], minutes: float = 10.0) -> None:
         """Do trainings that do not need each other, unless they are done."""
         open_ = [job for job in jobs if not store.has(self.key(job))]
         if not open_:
             return
-        many = self.train if isinstance(self.train, TrainsMany) and self.small and len(jobs) > 1 else None
-        if many is not None and not any(hasattr(job.branch, "train") for job in jobs):
+        many = self.train
+        if self.together(jobs) and isinstance(many, TrainsMany):
             # All of them, though some may be done: rounding could depend on what is trained together.
             started = time.perf_counter()
             trials = [self._trial(store, job, minutes) for job in jobs]
