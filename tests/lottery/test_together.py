@@ -53,6 +53,38 @@ def test_the_first_steps_are_equal_to_tolerance(name: str) -> None:
             torch.testing.assert_close(value, b.end.optimizer[key], rtol=1e-3, atol=1e-6)
 
 
+class Mixed(nn.Module):
+    """Linear layers on sequences and without bias, a convolution, a normalisation, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.token, self.last = nn.Linear(4, 6, bias=False), nn.Linear(60, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.conv(x[:, None])).relu().transpose(1, 2)  # [B, 10, 4]
+        h = self.token(h) + torch.arange(6) / 6
+        out: torch.Tensor = self.last(h.tanh().flatten(1))
+        return out
+
+
+def test_any_architecture_is_batched() -> None:
+    train = fit(8, optimizer=OPTIMIZERS["SGD"])
+    alone, together = [], []
+    for seed in range(3):
+        for found in (alone, together):
+            torch.manual_seed(seed)
+            model = Mixed()
+            masks = sc.prune_(model, sc.Magnitude(), 0.3, allocation=sc.global_).masks
+            found.append(Trial(model, masks, seed=seed))
+    for trial in alone:
+        train(trial.model, trial)
+    train.many(together)
+    for a, b in zip(alone, together, strict=True):
+        for (n, p), q in zip(a.model.named_parameters(), b.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=n)
+
+
 def test_a_rewound_start_goes_on_with_the_optimizer(tmp_path: Path) -> None:
     """Two experiments that differ only in how they are trained."""
     given = {"levels": 2, "rate": 0.5, "seeds": range(3), "rewind": sc.rewind_to(6)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from secateur.core.errors import ScheduleError, SecateurError
@@ -66,6 +68,8 @@ class Together:
         }
         self._keep = {n: k for n in self._names if (k := _keep(n, self.trials)) is not None}
         self._model = first.model
+        self._graph: Callable[..., Tensor] | None = None
+        self._shape = torch.Size()
         self.optimizer = make_optimizer(list(self._stacked.values()))
         self.scheduler = make_scheduler(self.optimizer)
         self._last_rate = first.last_rate
@@ -77,13 +81,9 @@ class Together:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs `[networks, examples, ...]` for inputs `[networks, examples, ...]`."""
-
-        def one(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-            output: Tensor = functional_call(self._model, parameters, (x,))
-            return output
-
-        with _OwnLinear():
-            outputs: Tensor = torch.func.vmap(one)(self._stacked, x)
+        if self._graph is None or self._shape != x.shape:
+            self._graph, self._shape = batched(self._model, self._stacked, x), x.shape
+        outputs: Tensor = self._graph(self._stacked, x)
         return outputs
 
     def steps(self) -> Iterator[int]:
@@ -141,6 +141,30 @@ def _stack(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {n: torch.stack([s[n] for s in states]) if t.dim() else t for n, t in states[0].items()}
 
 
+def batched(model: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Callable[..., Tensor]:
+    """`f(stacked, x)`, the forward pass of all networks, as one graph of torch's operations.
+
+    The batching is done once: repeated in each step, its Python takes as long as a small network.
+    """
+
+    def one(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, parameters, (x,))
+        return output
+
+    def all_(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        with _OwnLinear():
+            outputs: Tensor = torch.func.vmap(one)(parameters, x)
+        return outputs
+
+    with torch.no_grad():
+        graph = make_fx(all_)(stacked, x)
+    for node in graph.graph.nodes:
+        if node.target is _stacked_linear().default:
+            node.target = _stacked
+    graph.recompile()
+    return graph
+
+
 class _OwnLinear(TorchFunctionMode):
     """Linear layers whose stacked weights have gradients in their own layout.
 
@@ -158,7 +182,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer that knows how it is batched."""
+    """A linear layer that knows how it is batched; it is only traced, never run."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -166,17 +190,35 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Backward is that of `_Stacked`: this function is only called batched."""
+        """Backward is that of `_Stacked`."""
 
     @staticmethod
     def vmap(info: Any, dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, int]:
         def stacked(t: Tensor, dim: int | None) -> Tensor:
-            return t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            if dim is None:
+                return t.expand(info.batch_size, *t.shape)
+            return t.movedim(dim, 0) if dim else t
 
         x, weight = stacked(x, dims[0]), stacked(weight, dims[1])
-        rows = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        out = _Stacked.apply(rows, weight, None if bias is None else stacked(bias, dims[2]))
+        rows = x if x.dim() == 3 else x.flatten(1, -2) if x.dim() > 3 else x[:, None]
+        out = _stacked_linear()(rows, weight, None if bias is None else stacked(bias, dims[2]))
         return out.view(*x.shape[:-1], weight.shape[1]), 0
+
+
+@cache
+def _stacked_linear() -> Any:
+    """An operation that stands for `_Stacked` in a graph."""
+    schema = "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+
+    @torch.library.custom_op("secateur::stacked_linear", mutates_args=(), schema=schema)
+    def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, weight, bias)
+
+    return torch.ops.secateur.stacked_linear
+
+
+def _stacked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    return _Stacked.apply(x, weight, bias)
 
 
 class _Stacked(torch.autograd.Function):
@@ -186,12 +228,16 @@ class _Stacked(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        if bias is None:
-            return torch.bmm(x, weight.transpose(1, 2))
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         to_x = torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None
         return to_x, torch.bmm(grad.transpose(1, 2), x), grad.sum(1) if ctx.has_bias else None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.bmm(x, weight.transpose(1, 2))
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
