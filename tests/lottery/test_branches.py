@@ -89,6 +89,16 @@ def test_what_controls_share_with_the_ticket(tmp_path: Path) -> None:
     assert not torch.equal(finals["ticket", 1, 0], finals["twin 1", 1, 0])
 
 
+def test_a_job_needs_all_that_it_reads() -> None:
+    """Workers that start jobs as their needs are met must find the ticket of the level, too."""
+    run = lottery(controls=CONTROLS)
+    for job in run.jobs():
+        if job.branch is not None and job.level and job.branch != Ticket():
+            assert Job(Ticket(), job.level, job.seed) in run.needs(job)
+        for need in run.needs(job):
+            assert run.jobs().index(need) < run.jobs().index(job)
+
+
 def test_one_shot_prunes_the_dense_network(tmp_path: Path) -> None:
     run = lottery(controls=[sc.OneShot()], seeds=(0,))
     run(tmp_path)

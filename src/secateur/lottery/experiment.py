@@ -184,7 +184,9 @@ class Lottery:
         if job.branch is None:
             return ()
         found: tuple[Need, ...] = job.branch.needs(job.level, self.rewind)
-        return tuple(Job(n.branch, n.level, job.seed, n.step) for n in found)
+        if job.level and job.branch != Ticket():
+            found += (Need(Ticket(), job.level),)  # whose density a result is shown at
+        return tuple(dict.fromkeys(Job(n.branch, n.level, job.seed, n.step) for n in found))
 
     def finished(self, store: Store) -> TicketTable:
         """What a folder holds of this experiment."""
