@@ -102,6 +102,8 @@ def _remaining(removed: float, digits: int = 3, /) -> str:
 def _check(table: TicketTable) -> None:
     if not len(table):
         raise ValueError("No training of this experiment is finished yet.")
+    if not table.summary():
+        raise ValueError("evaluate gave no value named accuracy, which pictures show.")
 
 
 def _twins(table: TicketTable) -> set[str]:

@@ -171,6 +171,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         lottery(controls=[sc.Twin(), sc.Twin()])
     with pytest.raises(SecateurError, match="at least 0"):
         lottery(levels=-1)
+    with pytest.raises(SecateurError, match="order of its own"):
+        sc.Twin(0)
     with pytest.raises(SecateurError, match="Pass evaluate="):
         Lottery(Noisy, lambda model, trial: None)
     with pytest.raises(BudgetError, match="smaller network"):

@@ -113,7 +113,20 @@ def test_only_networks_without_state_are_trained_together(tmp_path: Path) -> Non
     assert len(table) == 4 and noisy().small
 
 
+class Drawing(nn.Sequential):
+    """Noise that no module says of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, True))
+
+
 def test_what_does_not_fit_together_is_refused() -> None:
+    own = net()
+    own.register_buffer("draw", torch.randn(3))  # another one in each network
+    assert not batchable(own)
+    drawing = [Trial(Drawing(*net()), sc.Masks({}), seed=s) for s in range(2)]
+    with pytest.raises(SecateurError, match="pass small=False"):
+        fit().many(drawing)
     odd = trials(2)
     odd[1].start = 3
     with pytest.raises(SecateurError, match="one architecture and start"):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import BudgetError, MaskError
+from secateur.core.errors import BudgetError, MaskError, ScheduleError
 from secateur.criteria import Criterion
 from secateur.lottery.trial import State
 from secateur.masks import Masks
@@ -254,6 +254,8 @@ class Twin:
     at_dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.order < 1:
+            raise ScheduleError(f"A twin has an order of its own, 1 or more; got {self.order}.")
         if not self.name:
             object.__setattr__(self, "name", f"twin {self.order}")
 

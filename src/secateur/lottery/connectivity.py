@@ -121,7 +121,11 @@ def barriers(
         if path is None:
             with torch.random.fork_rng(devices=[]):
                 model = lottery.make_model()
-            density = store.get(pair[0]).density
+            ticket = store.get(pair[0])
+            if value not in ticket.values:
+                known = ", ".join(ticket.values)
+                raise SecateurError(f"Nothing named {value!r} was evaluated, but {known}: pass value=.")
+            density = ticket.density
             line = linear_path(
                 model,
                 store.weights(pair[0]),
@@ -131,7 +135,7 @@ def barriers(
                 batches=data,
             )
             path = LinearPath(line.alphas, line.errors, job.level, job.seed, density)
-            write_text(kept, json.dumps({**asdict(path), "pair": pair}) + "\n")
+            write_text(kept, json.dumps({**asdict(path), "pair": pair, "how": how}) + "\n")
         found.append(path)
     return found
 
@@ -184,12 +188,17 @@ def overlaps(table: TicketTable, folder: str | os.PathLike[str]) -> list[Overlap
 
 
 def kept_paths(table: TicketTable, folder: str | os.PathLike[str]) -> list[LinearPath]:
-    """All paths that were measured between trainings of an experiment."""
+    """The paths that were measured between trainings of an experiment, in the way that was last used."""
     keys = {row.key for row in table}
-    files = sorted((Store(folder).folder / "paths").glob("*.json"))
-    pairs = [(path, found) for path in files if (found := _kept(path)) is not None]
-    chosen = [found for path, found in pairs if set(json.loads(path.read_text())["pair"]) <= keys]
-    return sorted(chosen, key=lambda path: (path.level, path.seed))
+    files = list((Store(folder).folder / "paths").glob("*.json"))
+    found = []
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name)):
+        path = _kept(file)
+        about = json.loads(file.read_text(encoding="utf-8"))
+        if path is not None and set(about["pair"]) <= keys:
+            found.append((about["how"], path))
+    last = [path for how, path in found if how == found[-1][0]]
+    return sorted(last, key=lambda path: (path.level, path.seed))
 
 
 def iou_by_chance(a: Masks, b: Masks) -> float:

@@ -18,15 +18,17 @@ from secateur.lottery.trial import State, Trial, load_optimizer, optimizer_tenso
 from secateur.masks import Masks
 
 _DROPOUT = nn.modules.dropout._DropoutNd
-_NORM = nn.modules.batchnorm._NormBase
 
 
 def batchable(model: nn.Module) -> bool:
-    """Whether a forward pass changes nothing and draws nothing, and no parameter is tied or frozen."""
+    """Whether a forward pass changes nothing and draws nothing, and no parameter is tied or frozen.
+
+    Buffers differ between networks, by what training or initialisation put there.
+    """
     modules = list(model.modules())
     if any(isinstance(m, nn.RReLU) or (isinstance(m, _DROPOUT) and m.p > 0) for m in modules):
         return False
-    if any(isinstance(m, _NORM) and m.track_running_stats for m in modules):
+    if next(model.buffers(), None) is not None:
         return False
     parameters = list(model.named_parameters(remove_duplicate=False))
     if len({id(p) for _, p in parameters}) < len(parameters):
@@ -156,8 +158,13 @@ def batched(model: nn.Module, stacked: dict[str, Tensor], x: Tensor) -> Callable
             outputs: Tensor = torch.func.vmap(one)(parameters, x)
         return outputs
 
-    with torch.no_grad():
-        graph = make_fx(all_)(stacked, x)
+    try:
+        with torch.no_grad():
+            graph = make_fx(all_)(stacked, x)
+    except RuntimeError as error:  # random numbers in its forward pass, say, which would be the same for all
+        raise SecateurError(
+            f"These networks cannot be trained together ({str(error).splitlines()[0]}): pass small=False."
+        ) from error
     for node in graph.graph.nodes:
         if node.target is _stacked_linear().default:
             node.target = _stacked
