@@ -1,6 +1,6 @@
 """Secateur: pruning for PyTorch. Exact, plain, small."""
 
-from secateur import layers, lottery
+from secateur import layers, lottery, runtime
 from secateur.allocation import (
     OWL,
     Allocation,
@@ -365,6 +365,7 @@ __all__ = [
     "rewind_rate",
     "rewind_to",
     "rule",
+    "runtime",
     "save",
     "scales_of",
     "score_groups",

@@ -1,0 +1,102 @@
+"""Build hook: compiles the kernels of `secateur.runtime` with the C++ compiler at hand.
+
+They are a plain shared library, called through its C interface: no Python and no torch headers, one build for
+every version of both. Without a compiler the package installs all the same and computes with torch.
+
+Environment: CXX names the compiler, CXXFLAGS adds flags (a sanitizer, say), SECATEUR_NO_NATIVE=1 leaves the
+kernels out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCES = Path("src/secateur/runtime/native")
+LIBRARY = Path("src/secateur/runtime/_native.so")
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt", "-mtune=znver3"]
+# One file, one instruction set: dispatch is at run time.
+SETS = {"x86_64": {"avx2": AVX2, "avx2_batch": AVX2}, "amd64": {"avx2": AVX2, "avx2_batch": AVX2}}
+
+
+class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Runs before a wheel is put together, an editable one included."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if self.target_name != "wheel":
+            return
+        root = Path(self.root)
+        library = root / LIBRARY
+        library.unlink(missing_ok=True)
+        try:
+            build(root / SOURCES, library)
+        except NotBuilt as reason:
+            self.app.display_warning(
+                f"secateur: installing without compiled kernels ({reason}). Sparse layers will compute with "
+                "torch: everything works, nothing is faster. Install a C++17 compiler and reinstall for them."
+            )
+            return
+        build_data["artifacts"].append(str(LIBRARY))
+        build_data["pure_python"] = False
+        tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{tag}"
+
+
+class NotBuilt(Exception):
+    """Why there are no kernels."""
+
+
+def build(sources: Path, library: Path) -> None:
+    """Compile and link; `NotBuilt` with one sentence if that cannot be."""
+    if os.environ.get("SECATEUR_NO_NATIVE", "") not in ("", "0"):
+        raise NotBuilt("SECATEUR_NO_NATIVE is set")
+    if sys.platform == "win32":
+        raise NotBuilt("the build knows no compiler of Windows yet")
+    compiler = next(
+        (
+            c
+            for c in (os.environ.get("CXX"), "c++", "g++", "clang++")
+            if c and shutil.which(shlex.split(c)[0])
+        ),
+        None,
+    )
+    if compiler is None:
+        raise NotBuilt("there is no C++ compiler")
+    command = [*shlex.split(compiler), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    sets = SETS.get(platform.machine().lower(), {})
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted(sources.glob("*.cpp"))
+        objects = [str(Path(folder) / f"{f.stem}.o") for f in files]
+        commands = [
+            [*command, *sets.get(f.stem, []), "-c", str(f), "-o", o]
+            for f, o in zip(files, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, commands))
+        made = str(Path(folder) / library.name)
+        link = [*command, "-shared", "-pthread", *objects, "-o", made]
+        try:  # so that the library runs where the compiler's own libraries are older or missing
+            _run([*link, "-static-libstdc++", "-static-libgcc", "-s"])
+        except NotBuilt:
+            _run(link)
+        shutil.copyfile(made, library)
+        library.chmod(0o755)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise NotBuilt(f"{command[0]} failed: {lines[0].strip() if lines else 'no message'}")

@@ -1,0 +1,154 @@
+"""Which format, if any, makes a layer faster on this machine: by measurement."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.runtime import native
+from secateur.runtime.formats import Bitmask, Indexed, Packed
+from secateur.runtime.linear import NEVER, SparseConv1x1, SparseLinear
+from secateur.runtime.plan import Plan
+
+FROM_MEMORY = 64 * 2**20  # bytes of weights in turn, so that they come from memory as in a whole model
+SWITCHES = (4, 8, 16, 32, 64, 128, 256)
+LEAST_INDEXED = 0.65  # sparsity from which on indices are worth a trial
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median seconds of a dense and a sparse layer, called in turn."""
+
+    dense: float
+    sparse: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the sparse one is."""
+        return self.dense / self.sparse
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A format, and what it gives: `times` by number of tokens.
+
+    `format` is "bitmask" or "indexed"; `plan` says whether the layout for many tokens is kept beside it, and
+    `switch` from how many tokens on the kernel for many tokens is used.
+    """
+
+    format: str
+    dtype: torch.dtype
+    plan: bool
+    switch: int
+    times: dict[int, Times]
+
+    def build(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] | None) -> SparseLinear:
+        """The layer."""
+        packed = pack(weight, self.format, self.dtype)
+        plan = Plan.of(packed) if self.plan and isinstance(packed, Bitmask) else None
+        return layer_of(packed, bias, plan, self.switch, stride)
+
+
+def pack(weight: Tensor, format: str, dtype: torch.dtype) -> Packed:
+    """A weight [N, K] in a format by its name."""
+    return Bitmask.pack(weight, dtype=dtype) if format == "bitmask" else Indexed.pack(weight, dtype=dtype)
+
+
+def layer_of(
+    packed: Packed, bias: Tensor | None, plan: Plan | None, switch: int, stride: tuple[int, int] | None
+) -> SparseLinear:
+    """A linear layer, or a convolution where there is a stride."""
+    if stride is None:
+        return SparseLinear(packed, bias, plan, switch)
+    return SparseConv1x1(packed, bias, plan, switch, stride)
+
+
+def choose(
+    dense: nn.Module,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int] | None,
+    *,
+    dtype: torch.dtype,
+    tokens: Sequence[int],
+    plan: bool,
+) -> Choice | None:
+    """The fastest format, judged by the worst of `tokens`; None where no kernel can hold the layer.
+
+    Args:
+        dense: the layer to replace.
+        weight: its matrix [N, K].
+        bias: its bias.
+        stride: of a convolution, None for a linear layer.
+        dtype: of the packed values.
+        tokens: how many tokens (positions of an image) come at once.
+        plan: whether the layout for many tokens may be kept.
+    """
+    found = []
+    sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
+    for format in _formats(sparsity, dtype, weight.shape[1]):
+        packed = pack(weight, format, dtype)
+        made = Plan.of(packed) if plan and isinstance(packed, Bitmask) and native.panel() else None
+        switch = _switch(packed, bias, made, stride, dense)
+        layer = layer_of(packed, bias, made, switch, stride)
+        times = {n: compare(dense, layer, example(dense, weight.shape[1], n, stride)) for n in tokens}
+        found.append(Choice(format, dtype, made is not None, switch, times))
+    return max(found, key=lambda c: min(t.speedup for t in c.times.values())) if found else None
+
+
+def compare(dense: nn.Module, sparse: nn.Module, x: Tensor, seconds: float = 0.15) -> Times:
+    """Both called in turn, at least five times each, with weights that come from memory."""
+    size = sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers()))
+    copies = max(1, min(64, FROM_MEMORY // max(1, size)))
+    layers = [(dense, sparse), *((copy.deepcopy(dense), copy.deepcopy(sparse)) for _ in range(copies - 1))]
+    with torch.inference_mode():
+        for a, b in layers:  # pages, caches of pointers, oneDNN's primitives
+            a(x), b(x)
+        taken: tuple[list[float], list[float]] = ([], [])
+        until = time.perf_counter() + seconds
+        while len(taken[0]) < 5 or (time.perf_counter() < until and len(taken[0]) < 500):
+            for pair in layers:
+                for layer, into in zip(pair, taken, strict=True):
+                    into.append(_seconds(lambda layer=layer: layer(x)))  # type: ignore[misc]
+    return Times(*(statistics.median(t) for t in taken))
+
+
+def example(dense: nn.Module, columns: int, tokens: int, stride: tuple[int, int] | None) -> Tensor:
+    """Random input of so many tokens, in the type of the layer."""
+    dtype = next(dense.parameters()).dtype
+    generator = torch.Generator().manual_seed(0)
+    if stride is None:
+        return torch.randn(tokens, columns, generator=generator).to(dtype)
+    image = torch.randn(1, columns, stride[0], tokens * stride[1], generator=generator)
+    return image.to(dtype)
+
+
+def _formats(sparsity: float, dtype: torch.dtype, columns: int) -> list[str]:
+    indexed = dtype != torch.int8 and columns <= 2**16 and sparsity >= LEAST_INDEXED
+    return ["bitmask", "indexed"] if indexed else ["bitmask"]
+
+
+def _switch(
+    packed: Packed, bias: Tensor | None, plan: Plan | None, stride: tuple[int, int] | None, dense: nn.Module
+) -> int:
+    """Tokens from which on the kernel for many tokens is the faster one."""
+    if not isinstance(packed, Bitmask) or not native.panel():
+        return NEVER
+    few, many = (layer_of(packed, bias, plan, switch, stride) for switch in (NEVER, 0))
+    for tokens in SWITCHES:
+        x = example(dense, packed.shape[1], tokens, stride)
+        if compare(few, many, x, seconds=0.03).speedup > 1:
+            return tokens
+    return NEVER
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

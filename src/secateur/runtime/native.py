@@ -1,0 +1,174 @@
+"""The compiled kernels, through their C interface.
+
+The library is built with the package and links neither Python nor torch. Where it is missing, everything is
+computed by torch and `kernels()` says so. The environment variable SECATEUR_KERNELS names the kernels to use
+("avx2", "portable", or "torch" for none) instead of the best for this processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.core.errors import SecateurError
+from secateur.runtime.formats import Bitmask, Indexed
+
+VERSION = 1  # of the interface
+FILE = Path(__file__).parent / "_native.so"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class CBitmask(ctypes.Structure):
+    """`Bitmask` of native/kernels.h."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("mask", c_void_p),
+        ("values", c_void_p),
+        ("starts", c_void_p),
+        ("scales", c_void_p),
+        ("group", c_int64),
+        ("type", c_int32),
+    ]
+
+
+class CIndexed(ctypes.Structure):
+    """`Indexed` of native/kernels.h."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("indices", c_void_p),
+        ("values", c_void_p),
+        ("starts", c_void_p),
+        ("type", c_int32),
+    ]
+
+
+class CPlan(ctypes.Structure):
+    """`Plan` of native/kernels.h."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("counts", c_void_p),
+        ("places", c_void_p),
+        ("values", c_void_p),
+        ("offsets", c_void_p),
+        ("type", c_int32),
+    ]
+
+
+class CDense(ctypes.Structure):
+    """`Dense` of native/kernels.h."""
+
+    _fields_ = [("rows", c_int64), ("columns", c_int64), ("values", c_void_p), ("type", c_int32)]
+
+
+def _signatures(library: ctypes.CDLL) -> None:
+    library.secateur_version.restype = c_int32
+    library.secateur_kernels.restype = c_char_p
+    library.secateur_choose.argtypes = [c_char_p]
+    library.secateur_choose.restype = c_int32
+    library.secateur_panel.restype = c_int64
+    library.secateur_borrow_threads.argtypes = [c_void_p]
+    tail = [c_int64, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_int32]
+    weights = {
+        "bitmask": CBitmask,
+        "indexed": CIndexed,
+        "expanded": CBitmask,
+        "planned": CPlan,
+        "dense": CDense,
+    }
+    for name, weight in weights.items():
+        function = getattr(library, f"secateur_{name}_linear")
+        function.argtypes = [POINTER(weight), *tail]
+        function.restype = None
+    library.secateur_plan_offsets.argtypes = [POINTER(CBitmask), c_void_p, c_int32]
+    library.secateur_plan_offsets.restype = None
+    library.secateur_plan.argtypes = [POINTER(CBitmask), c_void_p, c_void_p, c_void_p, c_void_p, c_int32]
+    library.secateur_plan.restype = None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where there are none; `SecateurError` if SECATEUR_KERNELS names others."""
+    wanted = os.environ.get("SECATEUR_KERNELS", "")
+    if wanted == "torch" or (not wanted and not FILE.is_file()):
+        return None
+    try:
+        found = ctypes.CDLL(str(FILE))
+        if found.secateur_version() != VERSION:
+            raise OSError("it is of another version of Secateur")
+    except (OSError, AttributeError) as error:
+        if wanted:
+            raise SecateurError(f"SECATEUR_KERNELS={wanted}, but there are no kernels: {error}.") from None
+        return None
+    _signatures(found)
+    if found.secateur_choose(wanted.encode()):
+        raise SecateurError(
+            f"SECATEUR_KERNELS={wanted}: here are {found.secateur_kernels().decode()}, portable and torch."
+        )
+    # Torch's OpenMP runtime, where it is GNU's or speaks its language: its threads are there already.
+    found.secateur_borrow_threads(getattr(ctypes.CDLL(None), "GOMP_parallel", None))
+    return found
+
+
+def kernels() -> str:
+    """The kernels in use: an instruction set ("avx2"), "portable", or "torch" where none are compiled."""
+    found = library()
+    return "torch" if found is None else str(found.secateur_kernels().decode())
+
+
+@cache
+def panel() -> int:
+    """Tokens that the kernels for many tokens take at once; 0 where there are none."""
+    found = library()
+    return 0 if found is None else int(found.secateur_panel())
+
+
+def bitmask(packed: Bitmask) -> CBitmask:
+    """For the kernels, valid as long as the buffers are where they are."""
+    scales = None if packed.scales is None else packed.scales.data_ptr()
+    buffers = (packed.mask.data_ptr(), packed.values.data_ptr(), packed.starts.data_ptr(), scales)
+    return CBitmask(packed.shape[0], packed.padded[1], *buffers, packed.group, TYPES[packed.values.dtype])
+
+
+def indexed(packed: Indexed) -> CIndexed:
+    """For the kernels, valid as long as the buffers are where they are."""
+    buffers = (packed.indices.data_ptr(), packed.values.data_ptr(), packed.starts.data_ptr())
+    return CIndexed(*packed.shape, *buffers, TYPES[packed.values.dtype])
+
+
+class Call:
+    """A weight and the kernel that multiplies with it: `call(x[T, K], bias)` is y[T, N] in the type of x."""
+
+    def __init__(self, name: str, weight: ctypes.Structure, width: int, rows: int) -> None:
+        found = library()
+        assert found is not None
+        self._function = getattr(found, f"secateur_{name}_linear")
+        self._weight, self._width, self._rows = weight, width, rows
+        self._pointer = byref(weight)
+        self.keep: object = None  # what must live as long as this
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` is float32 or bfloat16 and contiguous, `bias` float32 or None."""
+        y = x.new_empty((x.shape[0], self._rows))
+        self._function(
+            self._pointer,
+            self._width,
+            x.data_ptr(),
+            x.shape[0],
+            TYPES[x.dtype],
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
