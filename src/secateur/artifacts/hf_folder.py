@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.artifacts.manifest import DTYPES, WEIGHTS, is_plain_name, read_json
+from secateur.artifacts.packed import stored_name
 from secateur.artifacts.tensors import first_line, listed, read_tensors
 from secateur.core.errors import ArtifactError
 
@@ -85,7 +86,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that make up the model; `ArtifactError` if there are none."""
-    if (folder / WEIGHTS).is_file():
+    if (folder / stored_name(folder, WEIGHTS)).is_file():
         return [WEIGHTS]
     index = folder / INDEX
     if index.is_file():
@@ -107,7 +108,7 @@ def _shards(index: Path) -> list[str]:
     for name in names:
         if not is_plain_name(name) or not name.endswith(".safetensors"):
             raise ArtifactError(f"{index} lists {name!r}, which is no safetensors file beside it: refused.")
-        if not (index.parent / name).is_file():
+        if not (index.parent / stored_name(index.parent, name)).is_file():
             raise ArtifactError(f"{index.parent / name} is missing: {index.name} lists it, so copy it again.")
     return names
 

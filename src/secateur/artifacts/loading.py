@@ -11,6 +11,7 @@ from secateur.artifacts.hf import is_pretrained, open_pretrained, task_of, warn_
 from secateur.artifacts.hf_cut import open_cut
 from secateur.artifacts.hf_folder import CONFIG, GENERATION, weight_files
 from secateur.artifacts.manifest import MASKS, NAME, PRUNED, SURGERY, WEIGHTS, Manifest
+from secateur.artifacts.packed import any_name, stored_name
 from secateur.artifacts.steps import read_steps, replay_
 from secateur.artifacts.tensors import fill_, listed, read_tensors, refuse_other_ties, ties, untie
 from secateur.core.errors import ArtifactError
@@ -64,7 +65,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"{folder} holds the tensors of a {manifest.class_name}, not its code: build the model "
             "and give it, load(folder, model)."
         )
-    if model is not None and (manifest.kind == "module" or PRUNED in manifest.files):
+    if model is not None and (manifest.kind == "module" or any_name(manifest.files, PRUNED)):
         _fill_saved(unwrap(model), manifest, masks, folder)
         return model
     loaded = _open_saved(folder, model, manifest)
@@ -104,7 +105,7 @@ def _open_plain(folder: Path, model: nn.Module | None) -> nn.Module:
 
 def _fill_saved(model: nn.Module, manifest: Manifest, masks: Masks | None, folder: Path) -> None:
     """Do the surgery, if there is one, to the given model, and fill it; on an error it is as it was."""
-    name = PRUNED if PRUNED in manifest.files else WEIGHTS
+    name = PRUNED if any_name(manifest.files, PRUNED) else WEIGHTS
     _refuse_unlisted(folder, [name, SURGERY] if name == PRUNED else [name], manifest)
     tensors = untie(read_tensors(folder / name), manifest.tied, folder / name)
     undo = replay_(model, read_steps(folder / SURGERY) if SURGERY in manifest.files else (), folder)
@@ -116,7 +117,7 @@ def _fill_saved(model: nn.Module, manifest: Manifest, masks: Masks | None, folde
 
 
 def _open_saved(folder: Path, model: nn.Module | None, manifest: Manifest) -> nn.Module:
-    is_cut = PRUNED in manifest.files
+    is_cut = any_name(manifest.files, PRUNED)
     names = [CONFIG, PRUNED, SURGERY] if is_cut else [CONFIG, *weight_files(folder)]
     _refuse_unlisted(folder, [*names, GENERATION] if (folder / GENERATION).exists() else names, manifest)
     if is_cut:
@@ -132,7 +133,7 @@ def _open_saved(folder: Path, model: nn.Module | None, manifest: Manifest) -> nn
 
 def _refuse_unlisted(folder: Path, names: list[str], manifest: Manifest) -> None:
     """Nothing may be read that was not checked."""
-    for name in names:
+    for name in (stored_name(folder, name) for name in names):
         if name not in manifest.files:
             raise ArtifactError(
                 f"{folder / name} is not listed in {NAME}: it was added or {NAME} is damaged."

@@ -13,6 +13,7 @@ from torch import nn
 from secateur.artifacts.folder import written_at_once
 from secateur.artifacts.hf import float_dtypes, is_pretrained, write_pretrained
 from secateur.artifacts.manifest import MASKS, SURGERY, WEIGHTS, Manifest, fingerprints, is_plain_name
+from secateur.artifacts.packed import pack_file
 from secateur.artifacts.steps import Surgery, as_steps, refuse_other_surgery, write_steps
 from secateur.artifacts.tensors import refuse_unsavable, ties, write_tensors
 from secateur.core.errors import ArtifactError
@@ -51,6 +52,7 @@ def save(
     masks: Masks | None = None,
     surgery: Surgery | None = None,
     source: str | os.PathLike[str] | None = None,
+    compressed: bool = False,
 ) -> None:
     """Write a model, with its masks, surgery and report, into a folder for `load`; wholly or not at all.
 
@@ -79,6 +81,9 @@ def save(
             were carried out, in order; or the folder of an earlier `save` that holds them. That of the report
             if None.
         source: the folder that the model came from: its tokenizer and preprocessor files are copied.
+        compressed: store tensors with many zeros as one bit an entry and the entries that are not zero, in
+            `model.packed.safetensors`. A bfloat16 matrix with 50 % zeros takes 56 % of its bytes. `load`
+            gives the same dense model, to the bit; `from_pretrained` finds no weights in such a folder.
 
     Raises:
         ArtifactError: the folder holds something that is not an artifact; the model's state is not made of
@@ -103,6 +108,9 @@ def save(
         else:
             refuse_unsavable(model)
             write_tensors(model, new / WEIGHTS)
+        if compressed:
+            for path in sorted(new.glob("*.safetensors")):
+                pack_file(path)
         for path in beside:
             shutil.copyfile(path, new / path.name)
         if masks is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.artifacts.hf_folder import INDEX, weight_files
 from secateur.artifacts.manifest import WEIGHTS, read_json
+from secateur.artifacts.packed import stored_name
 from secateur.artifacts.parts import Entry, as_bytes, read_header, read_ranges, refusing, sync, write_range
 from secateur.artifacts.tensors import listed
 from secateur.core.errors import ArtifactError
@@ -48,6 +49,12 @@ class Shards:
     def open(cls, folder: Path) -> Shards:
         """Read the headers in `folder`; `ArtifactError` if files are missing, unsound or contradictory."""
         files = weight_files(folder)
+        for name in files:
+            if stored_name(folder, name) != name:
+                raise ArtifactError(
+                    f"{folder} is compressed, and cannot be read piece by piece: load it with secateur.load "
+                    "and save it without compressed=True."
+                )
         entries: dict[str, Entry] = {}
         for file in files:
             _, part = read_header(folder / file)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.artifacts.manifest import NAME, Ties
+from secateur.artifacts.packed import read_packed, stored_name
 from secateur.core.errors import ArtifactError
 from secateur.masks import Masks
 
@@ -59,7 +60,10 @@ def write_tensors(model: nn.Module, path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; `ArtifactError` if it is corrupt."""
+    """All tensors of a safetensors file or the packed one in its place; `ArtifactError` if it is corrupt."""
+    stored = stored_name(path.parent, path.name)
+    if stored != path.name:
+        return read_packed(path.parent / stored)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
