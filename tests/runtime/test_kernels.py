@@ -39,7 +39,7 @@ def packings(weight):
 def kernels_of(packed, bias):
     """Layers that use each kernel there is for a format."""
     yield "few", SparseLinear(packed, bias, None, NEVER)
-    if isinstance(packed, Bitmask) and native.panel():
+    if native.panel():
         yield "many, kept plan", SparseLinear(packed, bias, Plan.of(packed), 0)
         yield "many, made plan", SparseLinear(packed, bias, None, 0)
 

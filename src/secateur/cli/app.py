@@ -14,6 +14,7 @@ from secateur import pages
 from secateur.artifacts import load_hf
 from secateur.cli import choices
 from secateur.cli.allocate import allocate
+from secateur.cli.bench import bench
 from secateur.cli.data import read_data
 from secateur.cli.evaluate import evaluate
 from secateur.cli.options import Also, Exclude, Include, MethodName, PatternText, where_of
@@ -88,6 +89,7 @@ app.command()(prune)
 app.command()(allocate)
 app.command()(shrink)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command("run")(run_recipe)
 app.add_typer(tickets, name="tickets")
 

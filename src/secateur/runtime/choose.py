@@ -51,7 +51,7 @@ class Choice:
     def build(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] | None) -> SparseLinear:
         """The layer."""
         packed = pack(weight, self.format, self.dtype)
-        plan = Plan.of(packed) if self.plan and isinstance(packed, Bitmask) else None
+        plan = Plan.of(packed) if self.plan else None
         return layer_of(packed, bias, plan, self.switch, stride)
 
 
@@ -94,7 +94,7 @@ def choose(
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
     for format in _formats(sparsity, dtype, weight.shape[1]):
         packed = pack(weight, format, dtype)
-        made = Plan.of(packed) if plan and isinstance(packed, Bitmask) and native.panel() else None
+        made = Plan.of(packed) if plan and native.panel() else None
         switch = _switch(packed, bias, made, stride, dense)
         layer = layer_of(packed, bias, made, switch, stride)
         times = {n: compare(dense, layer, example(dense, weight.shape[1], n, stride)) for n in tokens}
@@ -138,7 +138,7 @@ def _switch(
     packed: Packed, bias: Tensor | None, plan: Plan | None, stride: tuple[int, int] | None, dense: nn.Module
 ) -> int:
     """Tokens from which on the kernel for many tokens is the faster one."""
-    if not isinstance(packed, Bitmask) or not native.panel():
+    if not native.panel():
         return NEVER
     few, many = (layer_of(packed, bias, plan, switch, stride) for switch in (NEVER, 0))
     for tokens in SWITCHES:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.core.errors import SecateurError
 from secateur.runtime import native
-from secateur.runtime.formats import Bitmask, Packed
+from secateur.runtime.formats import Packed
 from secateur.runtime.formats.common import kept
 from secateur.runtime.ops import Calls, calls_of, multiply, packed_of
 from secateur.runtime.plan import Plan
@@ -103,7 +103,7 @@ class SparseLinear(nn.Module):
         self._calls = None  # checked again before they are read
         packed = self.packed
         if self._plan is not None:
-            self._set_plan(Plan.of(packed) if native.panel() and isinstance(packed, Bitmask) else None)
+            self._set_plan(Plan.of(packed) if native.panel() else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         def moved(tensor: Tensor) -> Tensor:

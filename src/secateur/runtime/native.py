@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.runtime.formats import Bitmask, Indexed
+from secateur.runtime.formats import Bitmask, Indexed, Packed
 
 VERSION = 1  # of the interface
 FILE = Path(__file__).parent / "_native.so"
@@ -80,21 +80,17 @@ def _signatures(library: ctypes.CDLL) -> None:
     library.secateur_panel.restype = c_int64
     library.secateur_borrow_threads.argtypes = [c_void_p]
     tail = [c_int64, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_int32]
-    weights = {
-        "bitmask": CBitmask,
-        "indexed": CIndexed,
-        "expanded": CBitmask,
-        "planned": CPlan,
-        "dense": CDense,
-    }
-    for name, weight in weights.items():
+    weights: dict[str, type[ctypes.Structure]] = {"bitmask": CBitmask, "indexed": CIndexed}
+    many = {f"{name}_many": weight for name, weight in weights.items()}
+    for name, weight in (weights | many | {"planned": CPlan, "dense": CDense}).items():
         function = getattr(library, f"secateur_{name}_linear")
         function.argtypes = [POINTER(weight), *tail]
         function.restype = None
-    library.secateur_plan_offsets.argtypes = [POINTER(CBitmask), c_void_p, c_int32]
-    library.secateur_plan_offsets.restype = None
-    library.secateur_plan.argtypes = [POINTER(CBitmask), c_void_p, c_void_p, c_void_p, c_void_p, c_int32]
-    library.secateur_plan.restype = None
+    for name, weight in weights.items():
+        offsets, plan = (getattr(library, f"secateur_{name}_{what}") for what in ("offsets", "plan"))
+        offsets.argtypes = [POINTER(weight), c_void_p]
+        plan.argtypes = [POINTER(weight), c_void_p, c_void_p, c_void_p, c_void_p, c_int32]
+        offsets.restype = plan.restype = None
 
 
 @cache
@@ -134,15 +130,25 @@ def panel() -> int:
     return 0 if found is None else int(found.secateur_panel())
 
 
-def bitmask(packed: Bitmask) -> CBitmask:
-    """For the kernels, valid as long as the buffers are where they are."""
+def weight(packed: Packed) -> tuple[str, CBitmask | CIndexed]:
+    """For the kernels: what the names of its functions begin with, and the weight.
+
+    It is valid as long as the buffers are where they are.
+    """
+    if isinstance(packed, Bitmask):
+        return "bitmask", _bitmask(packed)
+    if isinstance(packed, Indexed):
+        return "indexed", _indexed(packed)
+    raise SecateurError(f"There is no kernel for {type(packed).__name__}.")
+
+
+def _bitmask(packed: Bitmask) -> CBitmask:
     scales = None if packed.scales is None else packed.scales.data_ptr()
     buffers = (packed.mask.data_ptr(), packed.values.data_ptr(), packed.starts.data_ptr(), scales)
     return CBitmask(packed.shape[0], packed.padded[1], *buffers, packed.group, TYPES[packed.values.dtype])
 
 
-def indexed(packed: Indexed) -> CIndexed:
-    """For the kernels, valid as long as the buffers are where they are."""
+def _indexed(packed: Indexed) -> CIndexed:
     buffers = (packed.indices.data_ptr(), packed.values.data_ptr(), packed.starts.data_ptr())
     return CIndexed(*packed.shape, *buffers, TYPES[packed.values.dtype])
 

@@ -41,15 +41,11 @@ def calls_of(packed: Packed, plan: Plan | None) -> Calls:
     if native.library() is None or packed.values.device.type != "cpu":
         return None, None
     shape = (packed.shape[1], packed.shape[0])
-    if isinstance(packed, Indexed):
-        return native.Call("indexed", native.indexed(packed), *shape), None
-    if not isinstance(packed, Bitmask):
-        raise SecateurError(f"There is no kernel for {type(packed).__name__}.")
-    weight = native.bitmask(packed)
-    few = native.Call("bitmask", weight, *shape)
+    name, weight = native.weight(packed)
+    few = native.Call(name, weight, *shape)
     if not native.panel():
         return few, None
-    many = native.Call("expanded", weight, *shape) if plan is None else plan.call()
+    many = native.Call(f"{name}_many", weight, *shape) if plan is None else plan.call()
     many.keep = plan
     return few, many
 
@@ -91,7 +87,7 @@ class _Checked:
             return found[1]
         packed.check()
         # A plan is made anew rather than believed: checking one costs as much.
-        made = Plan.of(packed) if plan and native.panel() and isinstance(packed, Bitmask) else None
+        made = Plan.of(packed) if plan and native.panel() else None
         calls = calls_of(packed, made)
         self._found = {k: v for k, v in self._found.items() if not any(r.expired() for r in v[0])}
         self._found[key] = [StorageWeakRef(t.untyped_storage()) for t in (*weight, *plan)], calls

@@ -1,4 +1,4 @@
-"""The layout for many tokens, made from a bitmask: more memory, and several times the speed.
+"""The layout for many tokens: more memory, and several times the speed.
 
 The weight is written out as lists of columns that two neighbouring rows both keep, or only one of them; see
 `Plan` in native/kernels.h. Derived data: it is not saved.
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError
 from secateur.runtime import native
-from secateur.runtime.formats import Bitmask
+from secateur.runtime.formats import Packed
 
 CHUNK, BLOCK = 64, 128  # rows and columns of a part
+WIDTH = 64  # columns are padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,22 @@ class Plan:
     offsets: Tensor  # int64 [chunks * blocks + 1, 2]
 
     @classmethod
-    def of(cls, packed: Bitmask) -> Plan:
-        """From a checked bitmask; int8 levels become float32. `SecateurError` if no kernel could use it."""
+    def of(cls, packed: Packed) -> Plan:
+        """From a checked weight; int8 levels become float32. `SecateurError` if no kernel could use it."""
         found = native.library()
         if found is None or not native.panel():
             raise SecateurError(f"The kernels in use ({native.kernels()}) have no form for many tokens.")
-        weight, columns = native.bitmask(packed), packed.padded[1]
+        name, weight = native.weight(packed)
+        columns = weight.columns + -weight.columns % WIDTH
         chunks, blocks = -(-packed.shape[0] // CHUNK), -(-columns // BLOCK)
-        threads = torch.get_num_threads()
         offsets = torch.empty(chunks * blocks + 1, 2, dtype=torch.int64)
-        found.secateur_plan_offsets(weight, offsets.data_ptr(), threads)
+        getattr(found, f"secateur_{name}_offsets")(weight, offsets.data_ptr())
         counts = torch.empty(chunks, blocks, CHUNK // 2, 3, dtype=torch.uint8)
         places = torch.empty(int(offsets[-1, 0]), dtype=torch.uint8)
         bfloat16 = packed.values.dtype == torch.bfloat16
         values = torch.empty(int(offsets[-1, 1]), dtype=torch.bfloat16 if bfloat16 else torch.float32)
         buffers = (offsets.data_ptr(), counts.data_ptr(), places.data_ptr(), values.data_ptr())
-        found.secateur_plan(weight, *buffers, threads)
+        getattr(found, f"secateur_{name}_plan")(weight, *buffers, torch.get_num_threads())
         return cls(packed.shape, columns, counts, places, values, offsets)
 
     def buffers(self) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@
 #include "export.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "plan.h"
 
 using namespace secateur;
 
@@ -58,34 +59,6 @@ void linear(const Weight& w, Kernel kernel, int64_t width, int64_t pieces, int64
                [&](int64_t first, int64_t last) { kernel(w, wide, tokens, out, first, last); });
 }
 
-int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
-int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
-
-int count_bits(uint64_t word) {
-    word -= (word >> 1) & 0x5555555555555555u;
-    word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
-    return static_cast<int>(((word + (word >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
-}
-
-// How many places and values each block of a chunk has.
-void size_chunk(const Bitmask& w, int64_t chunk, int64_t* sizes) {
-    const int64_t step = step_of(w.type) / 8, K = w.columns, blocks = blocks_of(K);
-    const int64_t groups = (w.rows + ROWS - 1) / ROWS, last = least(groups, (chunk + 1) * CHUNK / ROWS);
-    std::memset(sizes, 0, static_cast<size_t>(2 * blocks) * sizeof(int64_t));
-    for (int64_t g = chunk * CHUNK / ROWS; g < last; ++g)
-        for (int64_t j = 0; j < K / 8; j += step) {
-            const uint8_t* words = w.mask + (g * K / 8 + j) * ROWS;
-            int64_t* size = sizes + j / (BLOCK / 8) * 2;
-            for (int i = 0; i < ROWS; i += 2) {
-                uint64_t a = 0, b = 0;
-                std::memcpy(&a, words + i * step, static_cast<size_t>(step));
-                std::memcpy(&b, words + (i + 1) * step, static_cast<size_t>(step));
-                size[0] += count_bits(a | b);
-                size[1] += count_bits(a) + count_bits(b);
-            }
-        }
-}
-
 constexpr int64_t PANELS = 4;          // at a time: their sums stay in the second cache
 constexpr int64_t CHUNKS_AT_ONCE = 4;  // that use a block of x while it is in the first
 constexpr int64_t MOST = 2048;         // tokens that are written in panels at once
@@ -127,6 +100,34 @@ void many_tokens(int64_t rows, int64_t columns, int64_t width, const void* x, in
     }
 }
 
+template <class Weight>
+void make_plan(const Weight& w, const int64_t* offsets, uint8_t* counts, uint8_t* places, void* values,
+               int32_t threads) {
+    for_pieces(chunks_of(w.rows), 1, threads, [&](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; ++c) fill_chunk(*chosen(), w, c, c, offsets, counts, places, values);
+    });
+}
+
+template <class Weight>
+void expanded(const Weight& w, int64_t width, const void* x, int64_t tokens, int32_t type, const float* bias, void* y,
+              int32_t threads) {
+    const int64_t blocks = blocks_of(w.columns), columns = (w.columns + 63) / 64 * 64;
+    const int32_t kind = w.type == BF16 ? BF16 : F32;
+    many_tokens(w.rows, columns, width, x, tokens, type, bias, y, threads,
+                [&](int64_t first, int64_t last, Plan& plan) {
+                    static thread_local std::vector<char> memory[4];
+                    const int64_t parts = (last - first) * blocks;
+                    auto* offsets = static_cast<int64_t*>(at_least(memory[0], 16 * (parts + 1)));
+                    offsets_of(w, first, last - first, offsets);
+                    auto* counts = static_cast<uint8_t*>(at_least(memory[1], parts * CHUNK / 2 * 3));
+                    auto* places = static_cast<uint8_t*>(at_least(memory[2], offsets[2 * parts]));
+                    void* values = at_least(memory[3], offsets[2 * parts + 1] * (kind == F32 ? 4 : 2));
+                    for (int64_t c = first; c < last; ++c)
+                        fill_chunk(*chosen(), w, c, c - first, offsets, counts, places, values);
+                    plan = {w.rows - first * CHUNK, columns, counts, places, values, offsets, kind};
+                });
+}
+
 }  // namespace
 
 // The version of this interface: Python refuses another.
@@ -166,21 +167,22 @@ SECATEUR_EXPORT void secateur_dense_linear(const Dense* w, int64_t width, const 
 SECATEUR_EXPORT int64_t secateur_panel() { return chosen()->panel; }
 
 // Where the parts of a plan begin: offsets[chunks * blocks + 1, 2], in places and values.
-SECATEUR_EXPORT void secateur_plan_offsets(const Bitmask* w, int64_t* offsets, int32_t threads) {
-    const int64_t chunks = chunks_of(w->rows), blocks = blocks_of(w->columns);
-    for_pieces(chunks, 1, threads, [&](int64_t first, int64_t last) {
-        for (int64_t c = first; c < last; ++c) size_chunk(*w, c, offsets + 2 * (c * blocks + 1));
-    });
-    offsets[0] = offsets[1] = 0;
-    for (int64_t i = 1; i <= chunks * blocks; ++i)
-        for (int k = 0; k < 2; ++k) offsets[2 * i + k] += offsets[2 * i - 2 + k];
+SECATEUR_EXPORT void secateur_bitmask_offsets(const Bitmask* w, int64_t* offsets) {
+    offsets_of(*w, 0, chunks_of(w->rows), offsets);
 }
 
-SECATEUR_EXPORT void secateur_plan(const Bitmask* w, const int64_t* offsets, uint8_t* counts, uint8_t* places,
-                                   void* values, int32_t threads) {
-    for_pieces(chunks_of(w->rows), 1, threads, [&](int64_t first, int64_t last) {
-        for (int64_t c = first; c < last; ++c) chosen()->plan(*w, c, c, offsets, counts, places, values);
-    });
+SECATEUR_EXPORT void secateur_indexed_offsets(const Indexed* w, int64_t* offsets) {
+    offsets_of(*w, 0, chunks_of(w->rows), offsets);
+}
+
+SECATEUR_EXPORT void secateur_bitmask_plan(const Bitmask* w, const int64_t* offsets, uint8_t* counts, uint8_t* places,
+                                           void* values, int32_t threads) {
+    make_plan(*w, offsets, counts, places, values, threads);
+}
+
+SECATEUR_EXPORT void secateur_indexed_plan(const Indexed* w, const int64_t* offsets, uint8_t* counts, uint8_t* places,
+                                           void* values, int32_t threads) {
+    make_plan(*w, offsets, counts, places, values, threads);
 }
 
 SECATEUR_EXPORT void secateur_planned_linear(const Plan* w, int64_t width, const void* x, int64_t tokens, int32_t type,
@@ -195,24 +197,13 @@ SECATEUR_EXPORT void secateur_planned_linear(const Plan* w, int64_t width, const
                 });
 }
 
-// The same from a bitmask, whose plan is made for some rows at a time and forgotten.
-SECATEUR_EXPORT void secateur_expanded_linear(const Bitmask* w, int64_t width, const void* x, int64_t tokens,
-                                              int32_t type, const float* bias, void* y, int32_t threads) {
-    const int64_t blocks = blocks_of(w->columns);
-    many_tokens(w->rows, w->columns, width, x, tokens, type, bias, y, threads,
-                [&](int64_t first, int64_t last, Plan& plan) {
-                    static thread_local std::vector<char> memory[4];
-                    const int64_t parts = (last - first) * blocks, size = w->type == BF16 ? 2 : 4;
-                    auto* offsets = static_cast<int64_t*>(at_least(memory[0], 16 * (parts + 1)));
-                    offsets[0] = offsets[1] = 0;
-                    for (int64_t c = first; c < last; ++c) size_chunk(*w, c, offsets + 2 * ((c - first) * blocks + 1));
-                    for (int64_t i = 2; i < 2 * (parts + 1); ++i) offsets[i] += offsets[i - 2];
-                    auto* counts = static_cast<uint8_t*>(at_least(memory[1], parts * CHUNK / 2 * 3));
-                    auto* places = static_cast<uint8_t*>(at_least(memory[2], offsets[2 * parts]));
-                    void* values = at_least(memory[3], offsets[2 * parts + 1] * size);
-                    for (int64_t c = first; c < last; ++c)
-                        chosen()->plan(*w, c, c - first, offsets, counts, places, values);
-                    plan = {w->rows - first * CHUNK, w->columns, counts, places, values, offsets,
-                            w->type == BF16 ? BF16 : F32};
-                });
+// The same from a weight whose plan is made for some rows at a time and forgotten.
+SECATEUR_EXPORT void secateur_bitmask_many_linear(const Bitmask* w, int64_t width, const void* x, int64_t tokens,
+                                                  int32_t type, const float* bias, void* y, int32_t threads) {
+    expanded(*w, width, x, tokens, type, bias, y, threads);
+}
+
+SECATEUR_EXPORT void secateur_indexed_many_linear(const Indexed* w, int64_t width, const void* x, int64_t tokens,
+                                                  int32_t type, const float* bias, void* y, int32_t threads) {
+    expanded(*w, width, x, tokens, type, bias, y, threads);
 }
