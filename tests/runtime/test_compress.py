@@ -112,7 +112,7 @@ def test_bad_settings(net):
     with pytest.raises(SecateurError, match=r"tokens=\.\.\. are whole numbers"):
         compress_(net, tokens=())
     with pytest.raises(SecateurError, match=r"memory=\.\.\. is a fraction"):
-        compress_(net, memory=0)
+        compress_(net, memory=-1)
     with pytest.raises(SelectionError, match="no linear layer"):
         compress_(nn.ReLU())
     with pytest.raises(SecateurError, match=r"0 is on meta: move the model to the CPU"):

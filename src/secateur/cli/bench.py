@@ -23,11 +23,13 @@ def bench(
     model_dir: shared.Folder,
     tokens: Annotated[
         str, typer.Option(help="How many tokens come at once; a layer must be faster at each.")
-    ] = "1",
+    ] = "1,64",
     memory: Annotated[
-        float | None,
-        typer.Option(help="Bytes for sparse layers, over the dense ones: buys layouts for many tokens."),
-    ] = None,
+        float,
+        typer.Option(
+            help="Bytes that the layers may take, over the dense ones: buys layouts for many tokens."
+        ),
+    ] = 1.25,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the stored values: float32, bfloat16 or int8; the model's if not given."),
