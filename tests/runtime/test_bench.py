@@ -40,7 +40,7 @@ def test_a_forward_pass():
     assert row.speedup == row.dense.median / row.sparse.median
     assert report.dense_bytes == 4 * sum(p.numel() for p in model.parameters())
     assert "forward pass" in str(report)
-    with pytest.raises(SecateurError, match="runs=... is at least 1"):
+    with pytest.raises(SecateurError, match=r"runs=\.\.\. is at least 1"):
         bench(model, fast, torch.randn(3, 32), runs=0)
 
 
