@@ -46,7 +46,8 @@ $(BIN)/pip:
 
 .venv/.installed-demo: EXTRAS := demo,hf
 .venv/.installed-dev: EXTRAS := dev
-.venv/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
+NATIVE := hatch_build.py $(wildcard src/secateur/runtime/native/*)
+.venv/.installed-%: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/pip
 	@$(BIN)/python -c '$(CHECK_PYTHON)'
 	@echo "Installing secateur[$(EXTRAS)] into .venv: minutes the first time, most of it torch."
 	$(PIP) install --editable '.[$(EXTRAS)]' --constraint constraints.txt
