@@ -92,7 +92,7 @@ class CompressReport:
     def __str__(self) -> str:
         table = Table(title=f"Sparse layers: kernels {self.kernels}, {self.threads} threads")
         headings = ("layers", "shape", "sparsity", "stored as", "MB", "now", "times faster, at tokens")
-        for heading, width in zip(headings, (34, None, None, 17, None, None, 14), strict=True):
+        for heading, width in zip(headings, (28, None, None, None, None, None, None), strict=True):
             table.add_column(heading, overflow="fold", min_width=width)
         for rows in _alike(self.layers):
             first = rows[0]
