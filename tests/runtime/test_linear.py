@@ -97,10 +97,24 @@ def test_damage_is_found_before_it_is_read(x):
         sparse(x.requires_grad_())
     sparse = layer()
     sparse(x.detach())
+    sparse.get_buffer("mask").fill_(255)
+    with pytest.raises(ArtifactError, match="damaged"):
+        sparse(x.detach())
+    sparse = layer(planned=True, switch=0)
+    sparse(x.detach())
     state = sparse.state_dict() | {"mask": torch.full_like(sparse.get_buffer("mask"), 255)}
     sparse.load_state_dict(state)
     with pytest.raises(ArtifactError, match="damaged"):
         sparse(x.detach())
+
+
+@pytest.mark.parametrize("pack", FORMATS)
+@pytest.mark.parametrize("planned", [False, True])
+def test_weights_may_be_written_to(pack, planned, x):
+    sparse = layer(pack, planned, 0)
+    before = sparse(x) - sparse.bias
+    sparse.get_buffer("values").neg_()
+    assert torch.allclose(sparse(x) - sparse.bias, -before, atol=1e-4)
 
 
 def test_bad_input(x):

@@ -161,18 +161,19 @@ def compress_(
     if not memory >= 0:
         raise SecateurError(f"memory=... is a fraction of the dense weights' bytes; got {memory}.")
     model = unwrap(model)
-    seen = list(_layers(model))
+    seen = [name for name, module in model.named_modules() if _layer(name, module) is not None]
     if not seen:
         raise SelectionError("The model has no linear layer and no convolution of 1 x 1.")
-    for layer in seen:
+    # What is left for layouts for many tokens once every layer has what it cannot do without.
+    left = 0.0
+    for layer in _layers(model, seen):
         if layer.weight.device.type != "cpu":
             where = layer.weight.device
             raise SecateurError(f"{layer.name} is on {where}: move the model to the CPU first.")
-    # What is left for layouts for many tokens once every layer has what it cannot do without.
-    left = memory * sum(_bytes(layer.weight) for layer in seen) - sum(_least(layer, dtype) for layer in seen)
+        left += memory * _bytes(layer.weight) - _least(layer, dtype)
     known: dict[object, Choice | None] = {}
     reports = []
-    for layer in track(seen, "measuring", len(seen)):
+    for layer in track(_layers(model, seen), "measuring", len(seen)):
         report, sparse = _converted(layer, model, dtype, tuple(tokens), left, measure, known)
         left -= report.packed_bytes + report.plan_bytes - _least(layer, dtype)
         if sparse is not None:
@@ -258,17 +259,26 @@ def _converted(
     return report, sparse
 
 
-def _layers(model: nn.Module) -> Iterator[_Layer]:
-    for name, module in model.named_modules():
-        bias = getattr(module, "bias", None)
-        bias = bias.detach() if isinstance(bias, Tensor) else None
-        if type(module) is nn.Linear:
-            yield _Layer(name, module, module.weight.detach(), bias, None)
-        elif is_hf_conv1d(module):
-            yield _Layer(name, module, module.weight.detach().T.contiguous(), bias, None)
-        elif _is_pointwise(module):
-            stride = (module.stride[0], module.stride[1])
-            yield _Layer(name, module, module.weight.detach().flatten(1), bias, stride)
+def _layers(model: nn.Module, names: Sequence[str]) -> Iterator[_Layer]:
+    """One at a time, so that the dense weights of those that were replaced can go."""
+    for name in names:
+        layer = _layer(name, model.get_submodule(name))
+        assert layer is not None
+        yield layer
+
+
+def _layer(name: str, module: nn.Module) -> _Layer | None:
+    bias = getattr(module, "bias", None)
+    bias = bias.detach() if isinstance(bias, Tensor) else None
+    if type(module) is nn.Linear:
+        return _Layer(name, module, module.weight.detach(), bias, None)
+    if is_hf_conv1d(module):
+        weight: Tensor = module.weight.detach().T  # type: ignore[operator]
+        return _Layer(name, module, weight, bias, None)
+    if _is_pointwise(module):
+        stride = (module.stride[0], module.stride[1])
+        return _Layer(name, module, module.weight.detach().flatten(1), bias, stride)
+    return None
 
 
 def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:

@@ -48,7 +48,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.switch = switch
         self._set_plan(plan)
-        self._calls: tuple[tuple[int, ...], Calls, Packed] | None = None
+        self._calls: tuple[tuple[tuple[int, int], ...], Calls, Packed] | None = None
 
     @property
     def packed(self) -> Packed:
@@ -87,23 +87,21 @@ class SparseLinear(nn.Module):
 
     def _set_plan(self, plan: Plan | None) -> None:
         self._plan = plan
+        self._planned = tuple(_state(self._buffers[name]) for name in self._names)  # that it was made of
         self._plan_buffers = [] if plan is None else list(plan.buffers())
 
     def _kernels(self) -> tuple[Calls, Packed]:
-        # Buffers move with load_state_dict(assign=True), deepcopy or to(): pointers are looked at each time.
-        where = tuple(self._buffers[name].data_ptr() for name in self._names)  # type: ignore[union-attr]
-        if self._calls is None or self._calls[0] != where:
+        # Buffers move with load_state_dict(assign=True), deepcopy or to(), and anyone may write to them: where
+        # they lie and how often they were written to is looked at each time.
+        state = tuple(_state(self._buffers[name]) for name in self._names)
+        if self._calls is None or self._calls[0] != state:
             packed = self.packed
             packed.check(type(self).__name__)
-            self._calls = (where, calls_of(packed, self._plan), packed)
+            if self._plan is not None and self._planned != state:
+                usable = native.panel() and packed.values.device.type == "cpu"
+                self._set_plan(Plan.of(packed) if usable else None)
+            self._calls = (state, calls_of(packed, self._plan), packed)
         return self._calls[1:]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._calls = None  # checked again before they are read
-        packed = self.packed
-        if self._plan is not None:
-            self._set_plan(Plan.of(packed) if native.panel() else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         def moved(tensor: Tensor) -> Tensor:
@@ -141,6 +139,12 @@ class SparseConv1x1(SparseLinear):
             x = x[..., :: self.stride[0], :: self.stride[1]]
         y = super().forward(x.movedim(-3, -1))
         return y.movedim(-1, -3)
+
+
+def _state(buffer: Tensor | None) -> tuple[int, int]:
+    """Where a buffer lies, and how often it was written to."""
+    assert buffer is not None
+    return buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
 
 
 def _plain(x: Tensor) -> bool:

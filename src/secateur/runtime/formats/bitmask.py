@@ -146,7 +146,7 @@ class Bitmask:
 def _in_order(matrix: Tensor, step: int) -> Tensor:
     """Entries in the order of the kernels, flat."""
     rows, columns = matrix.shape
-    return matrix.view(rows // ROWS, ROWS, columns // step, step).transpose(1, 2).reshape(-1)
+    return matrix.reshape(rows // ROWS, ROWS, columns // step, step).transpose(1, 2).reshape(-1)
 
 
 def _levels(weight: Float[Tensor, "N K"], group: int) -> tuple[Tensor, Tensor]:
