@@ -91,8 +91,8 @@ class SparseLinear(nn.Module):
         self._plan_buffers = [] if plan is None else list(plan.buffers())
 
     def _kernels(self) -> tuple[Calls, Packed]:
-        # Buffers move with load_state_dict(assign=True), deepcopy or to(), and anyone may write to them: where
-        # they lie and how often they were written to is looked at each time.
+        # Buffers move with load_state_dict(assign=True), deepcopy or to(), and anyone may write to them: it is
+        # looked at each time where they lie and how often they were written to.
         state = tuple(_state(self._buffers[name]) for name in self._names)
         if self._calls is None or self._calls[0] != state:
             packed = self.packed
