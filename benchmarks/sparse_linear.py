@@ -112,7 +112,7 @@ def _streamed(x: Tensor, weight: Tensor) -> Run:
     flat = _in_order(weight, STEPS[weight.dtype]).clone()
     call = native.Call("dense", native.CDense(N, K, flat.data_ptr(), native.TYPES[weight.dtype]), K, N)
     call.keep = flat
-    return lambda: call(x, None)
+    return lambda: call(x, len(x), None)
 
 
 def _dynamic(linear: torch.nn.Linear, x: Tensor) -> Run:

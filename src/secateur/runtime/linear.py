@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
         """[..., K] -> [..., N]."""
         if _plain(x):
             calls, packed = self._kernels()
-            return multiply(x, calls, packed, self.bias, self.switch)
+            return multiply(x, calls, packed, self._buffers["bias"], self.switch)
         weight = [self.get_buffer(name) for name in self._names]
         sizes = (self.out_features, self.in_features, self.group, self.switch)
         y: Tensor = torch.ops.secateur.linear(x, weight, self._plan_buffers, self.bias, *sizes)
@@ -91,8 +91,8 @@ class SparseLinear(nn.Module):
         self._plan_buffers = [] if plan is None else list(plan.buffers())
 
     def _kernels(self) -> tuple[Calls, Packed]:
-        # Buffers move with load_state_dict(assign=True), deepcopy or to(), and anyone may write to them: it is
-        # looked at each time where they lie and how often they were written to.
+        # Buffers move with load_state_dict(assign=True), deepcopy or to(), and anyone may write to them:
+        # where they lie, and how often they were written to, is looked at each time.
         state = tuple(_state(self._buffers[name]) for name in self._names)
         if self._calls is None or self._calls[0] != state:
             packed = self.packed

@@ -154,7 +154,7 @@ def _indexed(packed: Indexed) -> CIndexed:
 
 
 class Call:
-    """A weight and the kernel that multiplies with it: `call(x[T, K], bias)` is y[T, N] in the type of x."""
+    """A weight and the kernel that multiplies with it: from x[..., K] y[..., N], in the type of x."""
 
     def __init__(self, name: str, weight: ctypes.Structure, width: int, rows: int) -> None:
         found = library()
@@ -164,14 +164,14 @@ class Call:
         self._pointer = byref(weight)
         self.keep: object = None  # what must live as long as this
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`x` is float32 or bfloat16 and contiguous, `bias` float32 or None."""
-        y = x.new_empty((x.shape[0], self._rows))
+    def __call__(self, x: Tensor, tokens: int, bias: Tensor | None) -> Tensor:
+        """`x` is float32 or bfloat16, contiguous, and holds so many tokens; `bias` is float32 or None."""
+        y = x.new_empty((*x.shape[:-1], self._rows))
         self._function(
             self._pointer,
             self._width,
             x.data_ptr(),
-            x.shape[0],
+            tokens,
             TYPES[x.dtype],
             None if bias is None else bias.data_ptr(),
             y.data_ptr(),
