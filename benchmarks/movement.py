@@ -35,7 +35,7 @@ from benchmarks.realdata.sentences import PAD, sentence_ids
 
 RESULTS = Path(__file__).parent / "results"
 FILE, TABLE = RESULTS / "movement.jsonl", RESULTS / "movement.md"
-EPOCHS, BATCH, RATE = 3, 32, 2e-4
+EPOCHS, BATCH, RATE = 10, 16, 1e-4
 KEY = ("part", "method", "sparsity", "teacher", "seed", "epochs", "rate")
 ENCODER = sc.Where(include="encoder.encoder.*")
 

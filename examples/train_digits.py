@@ -69,7 +69,7 @@ methods: dict[str, Callable[[nn.Module], sc.Method]] = {
     "gradual magnitude": lambda m: sc.Gradual(
         m, sc.Magnitude(), rise, when=sc.every(20), allocation=sc.global_
     ),
-    "movement": lambda m: sc.Movement(m, rise, allocation=sc.at_least(sc.global_, 0.01)),
+    "movement": lambda m: sc.Movement(m, rise, rate=1e-2, allocation=sc.at_least(sc.global_, 0.01)),
     "RigL, sparse from the first step": lambda m: sc.Dynamic(
         m, sc.RigL(), SPARSITY, end=700, when=sc.every(20)
     ),

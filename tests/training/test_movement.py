@@ -60,14 +60,17 @@ def shared(sparsity, sizes):
     return out
 
 
-def reference(schedule, steps, soft=None, block=None, decay=None):
+def reference(schedule, steps, soft=None, block=None, decay=None, rate=0.02):
     """The paper's training loop: masks before every forward pass, two parameter groups."""
     model = net()
     weights = {n: model.get_parameter(n) for n in ("0.weight", "2.weight")}
     shape = {n: w.shape if block is None else (w.shape[0] // block, w.shape[1]) for n, w in weights.items()}
     scores = {n: nn.Parameter(torch.zeros(s)) for n, s in shape.items()}
     optimizer = adamw(model.parameters())
-    score_optimizer = torch.optim.Adam(scores.values(), lr=0.02)
+    if rate is None:
+        score_optimizer = torch.optim.SGD(scores.values(), lr=1.0)
+    else:
+        score_optimizer = torch.optim.Adam(scores.values(), lr=rate)
     plans = [torch.optim.lr_scheduler.LambdaLR(o, decay) for o in (optimizer, score_optimizer) if decay]
     final = schedule(schedule.end)
 
@@ -110,12 +113,13 @@ def reference(schedule, steps, soft=None, block=None, decay=None):
 
 @pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("decay", [None, lambda step: 1 - step / 40])
-def test_hard_movement_is_that_of_the_paper(block, decay):
+@pytest.mark.parametrize("rate", [None, 0.02])
+def test_hard_movement_is_that_of_the_paper(block, decay, rate):
     schedule = sc.cubic(0, 0.8, begin=3, end=30)
-    expected, scores, masks = reference(schedule, 30, block=block, decay=decay)
+    expected, scores, masks = reference(schedule, 30, block=block, decay=decay, rate=rate)
     model = net()
     pattern = None if block is None else sc.Block(block, 1)
-    movement = sc.Movement(model, schedule, when=sc.every(1), rate=0.02, pattern=pattern)
+    movement = sc.Movement(model, schedule, when=sc.every(1), rate=rate, pattern=pattern)
     optimizer = adamw(model.parameters())
     plan = torch.optim.lr_scheduler.LambdaLR(optimizer, decay) if decay else None
     with movement.attach(optimizer):

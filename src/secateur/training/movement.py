@@ -63,7 +63,10 @@ class Movement(Method):
         schedule: step -> sparsity.
         when: steps since `schedule.begin` -> whether masks change. The paper changes them at every step.
         soft: masks by a threshold with a penalty, instead of a fixed number in each layer.
-        rate: learning rate of the scores, which follows the schedule of the optimizer's.
+        rate: learning rate of an Adam for the scores, which follows the schedule of the optimizer's. None:
+            for hard movement the scores are plain sums of :math:`-w\,\partial L/\partial w`, weighted by the
+            schedule, as the paper defines them; its authors' code has Adam with 1e-2, which needs many more
+            steps, since each weight's signal and noise weigh the same. For a soft schedule 1e-2.
         pattern: which entries may survive; a block has one score.
         allocation: how much from each layer. None: `uniform`, or `global_` at the end of a soft schedule.
         where: which layers; see `Where`.
@@ -84,14 +87,16 @@ class Movement(Method):
         *,
         when: When = every(10),  # noqa: B008, a frozen dataclass
         soft: Soft | None = None,
-        rate: float = 1e-2,
+        rate: float | None = None,
         pattern: Pattern | None = None,
         allocation: Allocation | None = None,
         where: Where | None = None,
     ) -> None:
         for setting in (schedule, when, soft, pattern):
             refuse_class(setting)
-        if not rate > 0:
+        if rate is None and soft is not None:
+            rate = 1e-2
+        if rate is not None and not rate > 0:
             raise SecateurError(f"The learning rate of the scores is above 0; got {rate}.")
         self.schedule, self.when, self.soft = schedule, when, soft
         self.pattern = pattern or Unstructured()
@@ -102,7 +107,7 @@ class Movement(Method):
             "schedule": repr(schedule),
             "when": repr(when),
             "movement": "hard" if soft is None else repr(soft),
-            "rate": repr(rate),
+            "rate": "sums" if rate is None else repr(rate),
             "pattern": repr(self.pattern),
             "allocation": getattr(self.allocation, "__name__", repr(self.allocation)),
             "where": repr(where or Where()),

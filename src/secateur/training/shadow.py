@@ -9,6 +9,7 @@ holds the dense weight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,38 +60,42 @@ class Shadow:
 
 
 class Scores:
-    """Parameters of a method with an Adam of their own, without weight decay.
+    """Parameters of a method with an Adam of their own, without weight decay, or plain sums of gradients.
 
     They are not the model's, so that neither its optimizer's weight decay nor its state reaches them. Their
     learning rate follows the schedule of the optimizer's first group: it is multiplied by that group's
-    learning rate over its first one.
+    learning rate over its first one. A `rate` of None is gradient descent with a rate of 1.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], rate: float, maximize: bool = False) -> None:
+    def __init__(self, values: Mapping[str, Tensor], rate: float | None, maximize: bool = False) -> None:
         self.values = {name: torch.nn.Parameter(v) for name, v in values.items()}
         self.rate = rate
-        self._adam = torch.optim.Adam(self.values.values(), lr=rate, maximize=maximize)
+        # Plain gradient descent has no state, so that neither saving nor loading knows of the difference.
+        make = partial(torch.optim.SGD, lr=1.0) if rate is None else partial(torch.optim.Adam, lr=rate)
+        self._optimizer = make(self.values.values(), maximize=maximize)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name].detach()
 
     def step(self, gradients: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """One step of Adam with these gradients."""
+        """One step with these gradients."""
         for name, parameter in self.values.items():
             parameter.grad = gradients[name].to(parameter.dtype)
         group = optimizer.param_groups[0]
-        self._adam.param_groups[0]["lr"] = (
-            self.rate * float(group["lr"]) / float(group.get("initial_lr", group["lr"]) or 1.0)
+        self._optimizer.param_groups[0]["lr"] = (
+            (1.0 if self.rate is None else self.rate)
+            * float(group["lr"])
+            / float(group.get("initial_lr", group["lr"]) or 1.0)
         )
-        self._adam.step()
-        self._adam.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Values and moments, by name."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.values.items():
             state[f"{name}/value"] = parameter.detach().clone()
-            for key, moment in self._adam.state.get(parameter, {}).items():
+            for key, moment in self._optimizer.state.get(parameter, {}).items():
                 state[f"{name}/{key}"] = moment.clone()
         return state
 
@@ -108,4 +113,4 @@ class Scores:
                 if key.startswith(f"{name}/") and not key.endswith("/value")
             }
             if moments:
-                self._adam.state[parameter] = moments
+                self._optimizer.state[parameter] = moments
