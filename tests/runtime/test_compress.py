@@ -108,6 +108,15 @@ def test_without_kernels_everything_stays_dense(net, monkeypatch):
     assert report.kernels == "torch"
 
 
+def test_an_error_leaves_the_model_as_it_was(net):
+    with torch.no_grad():
+        net.second.weight[3, 5] = float("nan")
+    before = list(net.children())
+    with pytest.raises(SecateurError, match="NaN or infinite"):
+        compress_(net, measure=False)
+    assert all(a is b for a, b in zip(net.children(), before, strict=True))
+
+
 def test_bad_settings(net):
     with pytest.raises(SecateurError, match=r"tokens=\.\.\. are whole numbers"):
         compress_(net, tokens=())

@@ -108,6 +108,15 @@ def test_damage_is_found_before_it_is_read(x):
         sparse(x.detach())
 
 
+def test_a_bias_of_another_type_is_refused(x):
+    sparse = layer()
+    sparse(x)
+    sparse.load_state_dict({**sparse.state_dict(), "bias": sparse.bias.half()}, assign=True)
+    for given in (x, x.clone().requires_grad_()):
+        with pytest.raises(ArtifactError, match=r"its bias are torch.float16"):
+            sparse(given)
+
+
 @pytest.mark.parametrize("pack", FORMATS)
 @pytest.mark.parametrize("planned", [False, True])
 def test_weights_may_be_written_to(pack, planned, x):

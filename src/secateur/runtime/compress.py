@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -161,26 +161,28 @@ def compress_(
     if not memory >= 0:
         raise SecateurError(f"memory=... is a fraction of the dense weights' bytes; got {memory}.")
     model = unwrap(model)
-    seen = [name for name, module in model.named_modules() if _layer(name, module) is not None]
+    found = (_layer(name, module) for name, module in model.named_modules())
+    seen = [layer for layer in found if layer is not None]
     if not seen:
         raise SelectionError("The model has no linear layer and no convolution of 1 x 1.")
     # What is left for layouts for many tokens once every layer has what it cannot do without.
     left = 0.0
-    for layer in _layers(model, seen):
+    for layer in seen:
         if layer.weight.device.type != "cpu":
             where = layer.weight.device
             raise SecateurError(f"{layer.name} is on {where}: move the model to the CPU first.")
         left += memory * _bytes(layer.weight) - _least(layer, dtype)
     known: dict[object, Choice | None] = {}
-    reports = []
-    for layer in track(_layers(model, seen), "measuring", len(seen)):
+    reports, replaced = [], []
+    for layer in track(seen, "measuring", len(seen)):
         report, sparse = _converted(layer, model, dtype, tuple(tokens), left, measure, known)
         left -= report.packed_bytes + report.plan_bytes - _least(layer, dtype)
         if sparse is not None:
-            sparse.train(layer.module.training)
-            parent, _, child = layer.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, sparse)
+            replaced.append((layer.name, sparse.train(layer.module.training)))
         reports.append(report)
+    for name, sparse in replaced:  # at the end, so that an error leaves the model as it was
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, sparse)
     return CompressReport(tuple(reports), native.kernels(), torch.get_num_threads())
 
 
@@ -257,14 +259,6 @@ def _converted(
         "",
     )
     return report, sparse
-
-
-def _layers(model: nn.Module, names: Sequence[str]) -> Iterator[_Layer]:
-    """One at a time, so that the dense weights of those that were replaced can go."""
-    for name in names:
-        layer = _layer(name, model.get_submodule(name))
-        assert layer is not None
-        yield layer
 
 
 def _layer(name: str, module: nn.Module) -> _Layer | None:

@@ -12,7 +12,7 @@ from secateur.core.errors import SecateurError
 from secateur.runtime import native
 from secateur.runtime.formats import Packed
 from secateur.runtime.formats.common import kept
-from secateur.runtime.ops import Calls, calls_of, multiply, packed_of
+from secateur.runtime.ops import Calls, calls_of, check_bias, multiply, packed_of
 from secateur.runtime.plan import Plan
 
 NEVER = 2**31 - 1
@@ -94,6 +94,9 @@ class SparseLinear(nn.Module):
         # Buffers move with load_state_dict(assign=True), deepcopy or to(), and anyone may write to them:
         # where they lie, and how often they were written to, is looked at each time.
         state = tuple(_state(self._buffers[name]) for name in self._names)
+        bias = self._buffers["bias"]
+        if bias is not None and bias.dtype is not torch.float32:
+            check_bias(bias, self.out_features, type(self).__name__)  # it was assigned
         if self._calls is None or self._calls[0] != state:
             packed = self.packed
             packed.check(type(self).__name__)

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from secateur.core.errors import ArtifactError, SecateurError
 from secateur.runtime import native
 from secateur.runtime.formats import Bitmask, Indexed, Packed
+from secateur.runtime.formats.common import check_buffer
 from secateur.runtime.plan import Plan
 
 Calls = tuple[native.Call | None, native.Call | None]
@@ -48,6 +49,12 @@ def calls_of(packed: Packed, plan: Plan | None) -> Calls:
     many = native.Call(f"{name}_many", weight, *shape) if plan is None else plan.call()
     many.keep = plan
     return few, many
+
+
+def check_bias(bias: Tensor | None, rows: int, name: str = "the bias") -> None:
+    """Raise `ArtifactError` unless a kernel can read the bias safely."""
+    if bias is not None:
+        check_buffer(name, "bias", bias, torch.float32, (rows,))
 
 
 def multiply(x: Tensor, calls: Calls, packed: Packed, bias: Tensor | None, switch: int) -> Tensor:
@@ -83,7 +90,7 @@ class _Checked:
     def __call__(self, packed: Packed, weight: Sequence[Tensor], plan: Sequence[Tensor]) -> Calls:
         key: tuple[int, ...] = (*packed.shape, getattr(packed, "group", 0), len(plan))
         for tensor in (*weight, *plan):
-            key += (tensor.data_ptr(), tensor._version, tensor.numel())
+            key += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.numel())
         found = self._found.get(key)
         if found is not None and not any(reference.expired() for reference in found[0]):
             return found[1]
@@ -116,6 +123,7 @@ def _linear(
     switch: int,
 ) -> Tensor:
     packed = packed_of(weight, rows, columns, group)
+    check_bias(bias, rows)
     return multiply(x, _checked(packed, weight, plan), packed, bias, switch)
 
 
