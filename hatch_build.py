@@ -25,10 +25,19 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCES = Path("src/secateur/runtime/native")
 LIBRARY = Path("src/secateur/runtime/_native.so")
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt", "-mtune=znver3"]
+AVX512F = [*AVX2, "-mavx512f"]
+VBMI2 = [*AVX512F, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2"]
 # One file, one instruction set: dispatch is at run time.
-SETS = {"x86_64": {"avx2": AVX2, "avx2_batch": AVX2}, "amd64": {"avx2": AVX2, "avx2_batch": AVX2}}
+X86 = {
+    "avx2": AVX2,
+    "avx2_batch": AVX2,
+    "avx512f": AVX512F,
+    "avx512vbmi2": VBMI2,
+    "avx512bf16": [*VBMI2, "-mavx512bf16"],
+}
+SETS = {"x86_64": X86, "amd64": X86}
 
 
 class NativeBuildHook(BuildHookInterface):  # type: ignore[type-arg]
@@ -79,12 +88,18 @@ def build(sources: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = sorted(sources.glob("*.cpp"))
         objects = [str(Path(folder) / f"{f.stem}.o") for f in files]
-        commands = [
-            [*command, *sets.get(f.stem, []), "-c", str(f), "-o", o]
-            for f, o in zip(files, objects, strict=True)
-        ]
+
+        def compile(file: Path, made: str) -> None:
+            plain = ["-c", str(file), "-o", made]
+            try:
+                _run([*command, *sets.get(file.stem, []), *plain])
+            except NotBuilt:  # an old compiler does not know the newest sets: the file is empty without them
+                if file.stem not in sets:
+                    raise
+                _run([*command, *plain])
+
         with ThreadPoolExecutor() as pool:
-            list(pool.map(_run, commands))
+            list(pool.map(compile, files, objects))
         made = str(Path(folder) / library.name)
         link = [*command, "-shared", "-pthread", *objects, "-o", made]
         try:  # so that the library runs where the compiler's own libraries are older or missing

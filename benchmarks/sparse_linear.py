@@ -89,8 +89,8 @@ def sparse_contenders(W_NK: Tensor, x_TK: Tensor) -> Iterator[Contender]:
     for name, packed, bound in packings:
         if len(x_TK) <= 16:
             yield Contender(name, False, nbytes(packed), lambda p=packed: _ours(p, x_TK, None, NEVER), bound)
-        if len(x_TK) > 1 and native.panel() and "indexed" not in name and "int8" not in name:
-            size = sum(b.numel() * b.element_size() for b in Plan.of(packed).buffers())
+        if len(x_TK) > 1 and native.library() is not None and "indexed" not in name and "int8" not in name:
+            size = Plan.of(packed).nbytes
             make = lambda p=packed: _ours(p, x_TK, Plan.of(p), 0)  # noqa: E731
             yield Contender(f"plan {name.split()[1]}", False, size, make, bound)
             if len(x_TK) >= 64:

@@ -11,10 +11,3 @@ def compiled():
     """The test needs compiled kernels for this processor."""
     if native.library() is None:
         skip_or_fail("There are no compiled kernels: install a C++ compiler and the package again.")
-
-
-@pytest.fixture
-def many(compiled):
-    """The test needs kernels for many tokens."""
-    if not native.panel():
-        pytest.skip(f"The kernels for this processor ({native.kernels()}) have no form for many tokens.")

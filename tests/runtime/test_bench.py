@@ -58,7 +58,7 @@ def test_text(llama):
         bench_text(llama, fast, prompt=0, new=3)
 
 
-def test_plans_count_as_memory(llama, many):
+def test_plans_count_as_memory(llama, compiled):
     slim = bench_text(llama, compress(llama, measure=False), prompt=2, new=1, runs=1)
     fast = compress(llama, measure=False)
     for module in fast.modules():

@@ -30,7 +30,7 @@ def weight():
 
 def layer(pack=FORMATS[0], planned=False, switch=NEVER):
     packed = pack(weight())
-    plan = Plan.of(packed) if planned and native.panel() else None
+    plan = Plan.of(packed) if planned and native.library() is not None else None
     return SparseLinear(packed, torch.linspace(-1, 1, 100), plan, switch)
 
 

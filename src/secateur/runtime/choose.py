@@ -38,21 +38,28 @@ class Times:
 class Choice:
     """A format, and what it gives: `times` by number of tokens.
 
-    `format` is "bitmask" or "indexed"; `plan` says whether the layout for many tokens is kept beside it, and
-    `switch` from how many tokens on the kernel for many tokens is used.
+    `format` is "bitmask" or "indexed"; `plan` says whether the layout for many tokens is kept beside it,
+    `pairs` whether for pairs of columns, and `switch` from how many tokens on the kernel for many tokens is
+    used.
     """
 
     format: str
     dtype: torch.dtype
     plan: bool
+    pairs: bool
     switch: int
     times: dict[int, Times]
 
     def build(self, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] | None) -> SparseLinear:
         """The layer."""
         packed = pack(weight, self.format, self.dtype)
-        plan = Plan.of(packed) if self.plan else None
+        plan = Plan.of(packed, self.pairs) if self.plan else None
         return layer_of(packed, bias, plan, self.switch, stride)
+
+
+def paired(input: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether a plan for such inputs and values is one of pairs."""
+    return input == stored == torch.bfloat16 and native.pairs()
 
 
 def pack(weight: Tensor, format: str, dtype: torch.dtype) -> Packed:
@@ -94,11 +101,12 @@ def choose(
     sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
     for format in _formats(sparsity, dtype, weight.shape[1]):
         packed = pack(weight, format, dtype)
-        made = Plan.of(packed) if plan and native.panel() else None
+        pairs = paired(weight.dtype, dtype)
+        made = Plan.of(packed, pairs) if plan and native.library() is not None else None
         switch = _switch(packed, bias, made, stride, dense)
         layer = layer_of(packed, bias, made, switch, stride)
         times = {n: compare(dense, layer, example(dense, weight.shape[1], n, stride)) for n in tokens}
-        found.append(Choice(format, dtype, made is not None, switch, times))
+        found.append(Choice(format, dtype, made is not None, pairs, switch, times))
     return max(found, key=lambda c: min(t.speedup for t in c.times.values())) if found else None
 
 
@@ -138,7 +146,7 @@ def _switch(
     packed: Packed, bias: Tensor | None, plan: Plan | None, stride: tuple[int, int] | None, dense: nn.Module
 ) -> int:
     """Tokens from which on the kernel for many tokens is the faster one."""
-    if not native.panel():
+    if native.library() is None:
         return NEVER
     few, many = (layer_of(packed, bias, plan, switch, stride) for switch in (NEVER, 0))
     for tokens in SWITCHES:

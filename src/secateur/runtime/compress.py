@@ -17,7 +17,7 @@ from secateur.core.names import unwrap
 from secateur.printing import printed
 from secateur.progress import track
 from secateur.runtime import native
-from secateur.runtime.choose import Choice, choose
+from secateur.runtime.choose import Choice, choose, paired
 from secateur.runtime.formats.common import nbytes
 from secateur.runtime.linear import SparseLinear
 
@@ -222,7 +222,7 @@ def _converted(
     plan = left >= _plan_bytes(weight, sparsity, stored)
     choice: Choice | None
     if not measure:
-        choice = Choice("bitmask", stored, False, 16, {})
+        choice = Choice("bitmask", stored, False, False, 16, {})
     else:
         key = (type(layer.module), weight.shape, weight.dtype, layer.stride, round(sparsity, 2), stored, plan)
         if key not in known:
@@ -240,9 +240,7 @@ def _converted(
             return dense("dense is faster", speedup)
     sparse = choice.build(weight, layer.bias, layer.stride)
     packed = sparse.packed
-    plan_bytes = (
-        0 if sparse.plan is None else sum(b.numel() * b.element_size() for b in sparse.plan.buffers())
-    )
+    plan_bytes = 0 if sparse.plan is None else sparse.plan.nbytes
     largest = float(weight.abs().max())
     error = float((packed.unpack(weight.dtype) - weight).abs().max()) / largest if largest else 0.0
     report = LayerReport(
@@ -291,6 +289,8 @@ def _least(layer: _Layer, dtype: torch.dtype | None) -> float:
 
 def _plan_bytes(weight: Tensor, sparsity: float, stored: torch.dtype) -> float:
     """Bytes that a plan would take, about: values, and a byte for each column that one of two rows keeps."""
+    if paired(weight.dtype, stored):
+        return 1.05 * weight.numel() * ((1 - sparsity**2) * 2 + (1 - sparsity**4) / 4)
     value = 2 if stored == torch.bfloat16 else 4
     return 1.05 * weight.numel() * ((1 - sparsity) * value + (1 - sparsity**2) / 2)
 

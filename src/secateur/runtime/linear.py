@@ -101,8 +101,9 @@ class SparseLinear(nn.Module):
             packed = self.packed
             packed.check(type(self).__name__)
             if self._plan is not None and self._planned != state:
-                usable = native.panel() and packed.values.device.type == "cpu"
-                self._set_plan(Plan.of(packed) if usable else None)
+                usable = native.library() is not None and packed.values.device.type == "cpu"
+                pairs = self._plan.pairs and native.pairs()
+                self._set_plan(Plan.of(packed, pairs) if usable else None)
             self._calls = (state, calls_of(packed, self._plan), packed)
         return self._calls[1:]
 

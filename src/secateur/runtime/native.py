@@ -2,7 +2,8 @@
 
 The library is built with the package and links neither Python nor torch. Where it is missing, everything is
 computed by torch and `kernels()` says so. The environment variable SECATEUR_KERNELS names the kernels to use
-("avx2", "portable", or "torch" for none) instead of the best for this processor.
+("avx512bf16", "avx512vbmi2", "avx512f", "avx2", "neon", "portable", or "torch" for none) instead of the best
+for this processor.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor
 from secateur.core.errors import SecateurError
 from secateur.runtime.formats import Bitmask, Indexed, Packed
 
-VERSION = 1  # of the interface
+VERSION = 2  # of the interface
 FILE = Path(__file__).parent / "_native.so"
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.int32: 3}  # int32: pairs of bfloat16
 
 
 class CBitmask(ctypes.Structure):
@@ -77,7 +78,9 @@ def _signatures(library: ctypes.CDLL) -> None:
     library.secateur_kernels.restype = c_char_p
     library.secateur_choose.argtypes = [c_char_p]
     library.secateur_choose.restype = c_int32
-    library.secateur_panel.restype = c_int64
+    library.secateur_usable.argtypes = [c_int32]
+    library.secateur_usable.restype = c_char_p
+    library.secateur_pairs.restype = c_int32
     library.secateur_borrow_threads.argtypes = [c_void_p]
     tail = [c_int64, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_int32]
     weights: dict[str, type[ctypes.Structure]] = {"bitmask": CBitmask, "indexed": CIndexed}
@@ -88,8 +91,8 @@ def _signatures(library: ctypes.CDLL) -> None:
         function.restype = None
     for name, weight in weights.items():
         offsets, plan = (getattr(library, f"secateur_{name}_{what}") for what in ("offsets", "plan"))
-        offsets.argtypes = [POINTER(weight), c_void_p]
-        plan.argtypes = [POINTER(weight), c_void_p, c_void_p, c_void_p, c_void_p, c_int32]
+        offsets.argtypes = [POINTER(weight), c_int32, c_void_p]
+        plan.argtypes = [POINTER(weight), c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_int32]
         offsets.restype = plan.restype = None
 
 
@@ -109,9 +112,7 @@ def library() -> ctypes.CDLL | None:
         return None
     _signatures(found)
     if found.secateur_choose(wanted.encode()):
-        raise SecateurError(
-            f"SECATEUR_KERNELS={wanted}: here are {found.secateur_kernels().decode()}, portable and torch."
-        )
+        raise SecateurError(f"SECATEUR_KERNELS={wanted}: here are {', '.join(_usable(found))} and torch.")
     # Torch's OpenMP runtime, where it is GNU's or speaks its language: its threads are there already.
     found.secateur_borrow_threads(getattr(ctypes.CDLL(None), "GOMP_parallel", None))
     return found
@@ -123,11 +124,24 @@ def kernels() -> str:
     return "torch" if found is None else str(found.secateur_kernels().decode())
 
 
-@cache
-def panel() -> int:
-    """Tokens that the kernels for many tokens take at once; 0 where there are none."""
+def usable() -> list[str]:
+    """The kernels that this processor can run, the best first; "torch" is always the last."""
     found = library()
-    return 0 if found is None else int(found.secateur_panel())
+    return [*([] if found is None else _usable(found)), "torch"]
+
+
+def _usable(library: ctypes.CDLL) -> list[str]:
+    names: list[str] = []
+    while (name := library.secateur_usable(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+@cache
+def pairs() -> bool:
+    """Whether the kernels multiply two bfloat16 columns at once: then a plan may hold pairs of them."""
+    found = library()
+    return found is not None and bool(found.secateur_pairs())
 
 
 def weight(packed: Packed) -> tuple[str, CBitmask | CIndexed]:
@@ -156,12 +170,16 @@ def _indexed(packed: Indexed) -> CIndexed:
 class Call:
     """A weight and the kernel that multiplies with it: from x[..., K] y[..., N], in the type of x."""
 
-    def __init__(self, name: str, weight: ctypes.Structure, width: int, rows: int) -> None:
+    def __init__(
+        self, name: str, weight: ctypes.Structure, width: int, rows: int, only: torch.dtype | None = None
+    ) -> None:
         found = library()
         assert found is not None
         self._function = getattr(found, f"secateur_{name}_linear")
         self._weight, self._width, self._rows = weight, width, rows
         self._pointer = byref(weight)
+        self.only = only  # the type that x must have
+        self.otherwise = self  # what does other types
         self.keep: object = None  # what must live as long as this
 
     def __call__(self, x: Tensor, tokens: int, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from secateur.runtime.formats import Bitmask, Indexed, Packed
 from secateur.runtime.formats.common import check_buffer
 from secateur.runtime.plan import Plan
 
-Calls = tuple[native.Call | None, native.Call | None]
+Calls = tuple[native.Call | None, native.Call | None]  # for few tokens, for many
 
 
 def packed_of(weight: Sequence[Tensor], rows: int, columns: int, group: int) -> Packed:
@@ -38,16 +38,20 @@ def packed_of(weight: Sequence[Tensor], rows: int, columns: int, group: int) -> 
 
 
 def calls_of(packed: Packed, plan: Plan | None) -> Calls:
-    """Kernels for few and for many tokens; None where torch has to do it."""
+    """Kernels for few and for many tokens; None where torch has to do it.
+
+    That for many tokens has an `otherwise` for inputs of a type that its plan is not made for.
+    """
     if native.library() is None or packed.values.device.type != "cpu":
         return None, None
     shape = (packed.shape[1], packed.shape[0])
     name, weight = native.weight(packed)
     few = native.Call(name, weight, *shape)
-    if not native.panel():
-        return few, None
-    many = native.Call(f"{name}_many", weight, *shape) if plan is None else plan.call()
-    many.keep = plan
+    unplanned = native.Call(f"{name}_many", weight, *shape)
+    if plan is None:
+        return few, unplanned
+    many = plan.call()
+    many.keep, many.otherwise = plan, unplanned
     return few, many
 
 
@@ -70,7 +74,10 @@ def multiply(x: Tensor, calls: Calls, packed: Packed, bias: Tensor | None, switc
     if not wide.is_contiguous():
         wide = wide.contiguous()
     tokens = x.numel() // columns
-    y = (few if many is None or tokens < switch else many)(wide, tokens, bias)
+    call = few if many is None or tokens < switch else many
+    if call.only is not None and wide.dtype is not call.only:
+        call = call.otherwise
+    y = call(wide, tokens, bias)
     return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
@@ -96,7 +103,9 @@ class _Checked:
             return found[1]
         packed.check()
         # A plan is made anew rather than believed: checking one costs as much.
-        made = Plan.of(packed) if plan and native.panel() else None
+        made = None
+        if plan and native.library() is not None:
+            made = Plan.of(packed, plan[2].dtype == torch.int32 and native.pairs())
         calls = calls_of(packed, made)
         self._found = {k: v for k, v in self._found.items() if not any(r.expired() for r in v[0])}
         self._found[key] = [StorageWeakRef(t.untyped_storage()) for t in (*weight, *plan)], calls

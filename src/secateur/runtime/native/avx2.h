@@ -52,8 +52,40 @@ static inline __m256i entry(const void* table, uint64_t at) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(table) + at));
 }
 
+// Unnamed: each file compiles its own with its own instructions.
+namespace {
+
+// What the kernels need of a vector.
+struct Avx2 {
+    using Vec = __m256;
+    static constexpr int LANES = 8, TOKENS = 3;
+    static Vec zero() { return _mm256_setzero_ps(); }
+    static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+    static Vec scaled(Vec v, float scale, Vec total) { return _mm256_fmadd_ps(v, _mm256_set1_ps(scale), total); }
+    static float sum(Vec v) {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+    }
+    static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+    static Vec load(const uint16_t* p) {
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    static Vec load(const int8_t* p) {
+        int64_t eight;
+        std::memcpy(&eight, p, 8);
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight)));
+    }
+    template <typename V>
+    static void widened(const V* p, float* to) {
+        _mm256_store_ps(to, load(p));
+    }
+};
+
 // Eight columns: `at` is the byte of their mask times 32, where its entry lies in a table.
-struct Float {
+struct Float : Avx2 {
     using value = float;
     using word = uint16_t;
     static constexpr int STEP = 16;
@@ -64,7 +96,7 @@ struct Float {
     }
 };
 
-struct Bfloat {
+struct Bfloat : Avx2 {
     using value = uint16_t;
     using word = uint32_t;
     static constexpr int STEP = 32;
@@ -74,7 +106,7 @@ struct Bfloat {
     }
 };
 
-struct Byte {
+struct Byte : Avx2 {
     using value = int8_t;
     using word = uint64_t;
     static constexpr int STEP = 64;
@@ -84,6 +116,37 @@ struct Byte {
         return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), entry(&INT8_LANES, at)));
     }
 };
+
+// A type of values as the streaming kernels take it.
+template <class Type>
+struct Streamed : Type {
+    using input = float;
+    using typename Type::value;
+    using typename Type::word;
+    static constexpr int VECTORS = Type::STEP / 8;
+    static constexpr float SCALE = 0x1p-24f;
+    static __m256 x(const float* column, int h) { return _mm256_loadu_ps(column + 8 * h); }
+
+    template <bool DENSE>
+    struct Step {
+        uint64_t bits;
+        explicit Step(word w) : bits(w) {}
+        __m256 next(const value*& p, int h) const {
+            if constexpr (DENSE) {
+                p += 8;
+                return Avx2::load(p - 8);
+            } else {
+                // The byte of the mask times 32 is where its entry lies, and has as many bits set.
+                const uint64_t at = (h ? bits >> (8 * h - 5) : bits << 5) & 0x1fe0u;
+                const __m256 v = Type::expand(p, at);
+                p += _mm_popcnt_u32(static_cast<uint32_t>(at));
+                return v;
+            }
+        }
+    };
+};
+
+}  // namespace
 
 namespace avx2_batch {
 constexpr int LANES = 8, VECTORS = 6, PANEL = LANES * VECTORS;

@@ -2,6 +2,7 @@
 // twelve registers. A column that both rows keep is loaded once for both: loads, not sums, are what limits this.
 #if defined(__AVX2__) && defined(__FMA__)
 #include "avx2.h"
+#include "batch.h"
 #include "kernels.h"
 
 namespace secateur::avx2_batch {
@@ -125,98 +126,32 @@ void plan_chunk(const Bitmask& w, int64_t chunk, int64_t slot, const int64_t* of
     }
 }
 
-// A value in all lanes.
-__m256 spread(const float* value) { return _mm256_broadcast_ss(value); }
-__m256 spread(const uint16_t* value) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<int16_t>(*value)), 16));
-}
-void spread_two(const float* values, __m256& a, __m256& b) {
-    a = spread(values);
-    b = spread(values + 1);
-}
-void spread_two(const uint16_t* values, __m256& a, __m256& b) {
-    uint32_t both;
-    std::memcpy(&both, values, sizeof(both));
-    const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(both));
-    a = _mm256_castsi256_ps(_mm256_slli_epi32(all, 16));
-    b = _mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
-}
-
-// sums[.][n] += values[i] * x[places[i]][n]
-template <typename V, int N, int SETS>
-void add_list(const V* values, const uint8_t* places, int count, const float* x, __m256 (&sums)[SETS][N]) {
-    int i = 0;
-    for (; i + SETS <= count; i += SETS)
-#pragma GCC unroll 4
-        for (int s = 0; s < SETS; ++s) {
-            const __m256 value = spread(values + i + s);
-            const float* column = x + places[i + s] * PANEL;
-#pragma GCC unroll 6
-            for (int n = 0; n < N; ++n) sums[s][n] = _mm256_fmadd_ps(value, _mm256_load_ps(column + LANES * n), sums[s][n]);
-        }
-    for (; SETS > 1 && i < count; ++i) {
-        const __m256 value = spread(values + i);
-        const float* column = x + places[i] * PANEL;
-#pragma GCC unroll 6
-        for (int n = 0; n < N; ++n) sums[0][n] = _mm256_fmadd_ps(value, _mm256_load_ps(column + LANES * n), sums[0][n]);
+// Six vectors of eight tokens.
+struct Batch : Avx2 {
+    static constexpr int VECTORS = avx2_batch::VECTORS;
+    static __m256 load(const float* p) { return _mm256_load_ps(p); }
+    static void store(float* p, __m256 v) { _mm256_store_ps(p, v); }
+    static __m256 once(__m256 v) {
+        asm("" : "+x"(v));  // one load for both rows: gcc would fold it into each
+        return v;
     }
-}
-
-// y[r] += rows of one chunk and block times x, for N vectors of tokens. Meanwhile `next` comes into the second cache.
-template <typename V, int N>
-void multiply(const uint8_t* counts, const uint8_t* places, const void* stream, int64_t pairs, const float* x, float* y,
-              const float* next) {
-    constexpr int SETS = N == 1 ? 4 : N <= 3 ? 2 : 1;  // sums of a row, to hide the latency of the FMA
-    constexpr int PART = BLOCK * PANEL / (CHUNK / 2);
-    const auto* values = static_cast<const V*>(stream);
-    for (int64_t p = 0; p < pairs; ++p, counts += 3, y += 2 * PANEL, next += PART) {
-        for (int i = 0; i < PART; i += 16) _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T1);
-        __m256 first[SETS][N], second[SETS][N];
-#pragma GCC unroll 6
-        for (int n = 0; n < N; ++n) {
-            first[0][n] = _mm256_load_ps(y + LANES * n);
-            second[0][n] = _mm256_load_ps(y + PANEL + LANES * n);
-#pragma GCC unroll 4
-            for (int s = 1; s < SETS; ++s) first[s][n] = second[s][n] = _mm256_setzero_ps();
-        }
-        for (int i = 0; i < counts[0]; ++i) {
-            __m256 a, b;
-            spread_two(values + 2 * i, a, b);
-            const float* column = x + places[i] * PANEL;
-#pragma GCC unroll 6
-            for (int n = 0; n < N; ++n) {
-                __m256 some = _mm256_load_ps(column + LANES * n);
-                asm("" : "+x"(some));  // one load for both: gcc would fold it into each
-                first[0][n] = _mm256_fmadd_ps(a, some, first[0][n]);
-                second[0][n] = _mm256_fmadd_ps(b, some, second[0][n]);
-            }
-        }
-        values += 2 * counts[0], places += counts[0];
-        add_list<V, N, SETS>(values, places, counts[1], x, first);
-        values += counts[1], places += counts[1];
-        add_list<V, N, SETS>(values, places, counts[2], x, second);
-        values += counts[2], places += counts[2];
-#pragma GCC unroll 6
-        for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 4
-            for (int s = 1; s < SETS; ++s) {
-                first[0][n] = _mm256_add_ps(first[0][n], first[s][n]);
-                second[0][n] = _mm256_add_ps(second[0][n], second[s][n]);
-            }
-            _mm256_store_ps(y + LANES * n, first[0][n]);
-            _mm256_store_ps(y + PANEL + LANES * n, second[0][n]);
-        }
+    static __m256 spread(const float* value) { return _mm256_broadcast_ss(value); }
+    static __m256 spread(const uint16_t* value) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<int16_t>(*value)), 16));
     }
-}
-
-using Multiply = void (*)(const uint8_t*, const uint8_t*, const void*, int64_t, const float*, float*, const float*);
-
-template <typename V>
-Multiply of_vectors(int64_t vectors) {
-    static constexpr Multiply all[VECTORS] = {multiply<V, 1>, multiply<V, 2>, multiply<V, 3>,
-                                              multiply<V, 4>, multiply<V, 5>, multiply<V, 6>};
-    return all[vectors - 1];
-}
+    static void spread_two(const float* values, __m256& a, __m256& b) { a = spread(values), b = spread(values + 1); }
+    static void spread_two(const uint16_t* values, __m256& a, __m256& b) {
+        uint32_t both;
+        std::memcpy(&both, values, sizeof(both));
+        const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(both));
+        a = _mm256_castsi256_ps(_mm256_slli_epi32(all, 16));
+        b = _mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+    }
+    template <typename V>
+    static __m256 multiplied(__m256 values, __m256 x, __m256 sum) {
+        return _mm256_fmadd_ps(values, x, sum);
+    }
+};
 
 // Eight rows of eight entries become eight columns: `from` strides by `width`, `to` by a panel.
 void turn(const float* const rows[LANES], float* to) {
@@ -239,24 +174,41 @@ void turn(const float* const rows[LANES], float* to) {
 
 }  // namespace
 
+namespace {
+
+// Entry k of a token of x: a number, or a pair of bfloat16.
+float entry_of(const void* x, int32_t type, int64_t width, int64_t token, int64_t k) {
+    if (type == F32) return static_cast<const float*>(x)[token * width + k];
+    const auto* halves = static_cast<const uint16_t*>(x) + token * width;
+    if (type == BF16) return widen(halves[k]);
+    const uint32_t high = 2 * k + 1 < width ? halves[2 * k + 1] : 0;
+    const uint32_t both = high << 16 | halves[2 * k];
+    float pair;
+    std::memcpy(&pair, &both, 4);
+    return pair;
+}
+
+}  // namespace
+
 void to_panel(const void* x, int32_t type, int64_t tokens, int64_t width, int64_t columns, float* panel) {
+    const int64_t entries = type == PAIRS ? (width + 1) / 2 : width, whole = type == PAIRS ? width / 2 : width;
     alignas(32) float tile[LANES][LANES];
     for (int64_t t = 0; t < PANEL; t += LANES)
         for (int64_t k = 0; k < columns; k += LANES) {
             const float* rows[LANES];
             for (int64_t i = 0; i < LANES; ++i) {
-                const int64_t from = (t + i) * width + k;
                 rows[i] = tile[i];
-                if (t + i < tokens && k + LANES <= width) {
-                    if (type == F32) rows[i] = static_cast<const float*>(x) + from;
-                    else _mm256_store_ps(tile[i], Bfloat::expand(static_cast<const uint16_t*>(x) + from, 255 * 32));
-                } else {
-                    for (int64_t b = 0; b < LANES; ++b) {
-                        const bool is = t + i < tokens && k + b < width;
-                        if (type == F32) tile[i][b] = is ? static_cast<const float*>(x)[from + b] : 0.0f;
-                        else tile[i][b] = is ? widen(static_cast<const uint16_t*>(x)[from + b]) : 0.0f;
+                if (t + i < tokens && k + LANES <= whole) {
+                    const int64_t token = (t + i) * width;
+                    if (type == F32) rows[i] = static_cast<const float*>(x) + token + k;
+                    else {
+                        const auto* halves = static_cast<const uint16_t*>(x) + token;
+                        if (type == PAIRS) std::memcpy(tile[i], halves + 2 * k, sizeof(tile[i]));
+                        else _mm256_store_ps(tile[i], Avx2::load(halves + k));
                     }
-                }
+                } else
+                    for (int64_t b = 0; b < LANES; ++b)
+                        tile[i][b] = t + i < tokens && k + b < entries ? entry_of(x, type, width, t + i, k + b) : 0.0f;
             }
             turn(rows, panel + k * PANEL + t);
         }
@@ -271,27 +223,7 @@ void plan(const Bitmask& w, int64_t chunk, int64_t slot, const int64_t* offsets,
 
 void planned(const Plan& w, const float* panels, int64_t tokens, const Output& out, int64_t first, int64_t last,
              float* sums) {
-    const int64_t K = w.columns, blocks = (K + BLOCK - 1) / BLOCK, count = (tokens + PANEL - 1) / PANEL;
-    const int64_t rows = (last - first) * CHUNK, size = w.type == F32 ? 4 : 2;
-    std::memset(sums, 0, static_cast<size_t>(count * rows * PANEL) * sizeof(float));
-    for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t c = 0; c < count; ++c) {
-            const int64_t vectors = (least(PANEL, tokens - c * PANEL) + LANES - 1) / LANES;
-            const Multiply some = w.type == F32 ? of_vectors<float>(vectors) : of_vectors<uint16_t>(vectors);
-            const float* x = panels + (c * K + b * BLOCK) * PANEL;
-            const float* next = c + 1 < count    ? x + K * PANEL
-                                : b + 1 < blocks ? panels + (b + 1) * BLOCK * PANEL
-                                                 : panels;
-            for (int64_t chunk = first; chunk < last; ++chunk) {
-                const int64_t at = chunk * blocks + b, pairs = least(CHUNK, w.rows - chunk * CHUNK + 1) / 2;
-                some(w.counts + at * CHUNK / 2 * 3, w.places + w.offsets[2 * at],
-                     static_cast<const char*>(w.values) + w.offsets[2 * at + 1] * size, pairs, x,
-                     sums + (c * rows + (chunk - first) * CHUNK) * PANEL, next);
-            }
-        }
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < rows; ++r)
-            store(out, t, first * CHUNK + r, sums[((t / PANEL) * rows + r) * PANEL + t % PANEL]);
+    planned_by<Batch>(w, panels, tokens, out, first, last, sums);
 }
 
 }  // namespace secateur::avx2_batch

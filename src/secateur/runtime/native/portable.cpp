@@ -1,18 +1,9 @@
 // Any processor: only the kept weights are visited.
 #include "kernels.h"
+#include "portable_batch.h"
 
 namespace secateur {
 namespace {
-
-int lowest(uint64_t word) {
-#if defined(__GNUC__)
-    return __builtin_ctzll(word);
-#else
-    int bit = 0;
-    while (!(word & 1)) word >>= 1, ++bit;
-    return bit;
-#endif
-}
 
 float value_at(const void* values, int32_t type, int64_t at) {
     if (type == F32) return static_cast<const float*>(values)[at];
@@ -20,7 +11,8 @@ float value_at(const void* values, int32_t type, int64_t at) {
     return static_cast<const int8_t*>(values)[at];
 }
 
-void bitmask(const Bitmask& w, const float* x, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+void bitmask(const Bitmask& w, const void* input, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+    const auto* x = static_cast<const float*>(input);
     const int step = step_of(w.type);
     const int64_t steps = w.columns / step, scales = w.type == INT8 ? w.columns / w.group : 0;
     for (int64_t g = first; g < last; ++g) {
@@ -44,7 +36,8 @@ void bitmask(const Bitmask& w, const float* x, int64_t tokens, const Output& out
     }
 }
 
-void indexed(const Indexed& w, const float* x, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+void indexed(const Indexed& w, const void* input, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+    const auto* x = static_cast<const float*>(input);
     for (int64_t n = first; n < last; ++n) {
         for (int64_t t = 0; t < tokens; ++t) {
             float sum = 0;
@@ -55,7 +48,8 @@ void indexed(const Indexed& w, const float* x, int64_t tokens, const Output& out
     }
 }
 
-void dense(const Dense& w, const float* x, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+void dense(const Dense& w, const void* input, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+    const auto* x = static_cast<const float*>(input);
     const int step = step_of(w.type);
     for (int64_t g = first; g < last; ++g) {
         for (int64_t t = 0; t < tokens; ++t) {
@@ -72,7 +66,8 @@ void dense(const Dense& w, const float* x, int64_t tokens, const Output& out, in
 }  // namespace
 
 const Kernels* portable() {
-    static const Kernels kernels{"portable", bitmask, indexed, dense, 0, nullptr, nullptr, nullptr};
+    using namespace portable_batch;
+    static const Kernels kernels{"portable", in_order, bitmask, indexed, dense, PANEL, to_panel, nullptr, planned, false};
     return &kernels;
 }
 
