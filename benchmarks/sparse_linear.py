@@ -1,13 +1,14 @@
 """One layer, sparse against every dense kernel at hand, with weights that come from memory.
 
     python -m benchmarks.sparse_linear [--shapes 4096x4096 ...] [--sparsities 0.5 ...] [--tokens 1 ...]
-                                       [--threads 1] [--rounds 5] [--out FILE.jsonl]
+                                       [--pattern 16x1] [--threads 1] [--rounds 5] [--out FILE.jsonl]
 
 All contenders of a cell are called in turn, each on copies of its weight in turn that together are larger
 than any cache. One thread: CPU time of the thread; more: wall time. Median and quartiles. Ratios are to the
-fastest dense kernel of 16 or 32 bits in the same cell. Masks are random; the values are Gaussian. Every
-contender's result is compared with float64 first. `--table` writes `results/sparse_linear.md` from them.
-ONNX Runtime takes part where it is installed (`pip install onnx onnxruntime`).
+fastest dense kernel of 16 or 32 bits in the same cell. Masks are random, of entries or of blocks
+(`--pattern`); the values are Gaussian. Every contender's result is compared with float64 first. `--table`
+writes `results/sparse_linear.md` from them. ONNX Runtime takes part where it is installed (`pip install
+onnx onnxruntime`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secateur.runtime import Bitmask, Indexed, Plan, native
+from secateur.runtime import Bitmask, Blocks, Indexed, Plan, native
+from secateur.runtime.choose import paired
 from secateur.runtime.formats.bitmask import STEPS, _in_order
 from secateur.runtime.formats.common import nbytes
 from secateur.runtime.linear import NEVER, SparseLinear
@@ -74,27 +76,34 @@ def dense_contenders(W_NK: Tensor, x_TK: Tensor) -> Iterator[Contender]:
     yield Contender("ONNX Runtime float32", True, N * K * 4, lambda: _onnx(W_NK, x_TK), 1e-4)
 
 
-def sparse_contenders(W_NK: Tensor, x_TK: Tensor) -> Iterator[Contender]:
+def sparse_contenders(W_NK: Tensor, x_TK: Tensor, pattern: str) -> Iterator[Contender]:
     """Torch's CSR and ours."""
     csr = W_NK.to_sparse_csr()
     size = csr.values().numel() * 12
     yield Contender("torch CSR float32", False, size, lambda: _csr(W_NK.to_sparse_csr(), x_TK), 1e-4)
-    packings: list[tuple[str, Bitmask | Indexed, float]] = [
+    packings: list[tuple[str, Bitmask | Blocks | Indexed, float]] = [
         ("bitmask float32", Bitmask.pack(W_NK), 1e-4),
         ("bitmask bfloat16", Bitmask.pack(W_NK, dtype=torch.bfloat16), 2e-2),
         ("bitmask int8", Bitmask.pack(W_NK, dtype=torch.int8), 3e-2),
         ("indexed float32", Indexed.pack(W_NK), 1e-4),
         ("indexed bfloat16", Indexed.pack(W_NK, dtype=torch.bfloat16), 2e-2),
     ]
+    if pattern == "16x1":
+        packings.append(("blocks float32", Blocks.pack(W_NK), 1e-4))
+        packings.append(("blocks bfloat16", Blocks.pack(W_NK, dtype=torch.bfloat16), 2e-2))
     for name, packed, bound in packings:
+        pairs = paired(torch.bfloat16, packed.values.dtype)  # then these kernels want x in bfloat16 as well
+        x = x_TK.bfloat16() if pairs else x_TK
         if len(x_TK) <= 16:
-            yield Contender(name, False, nbytes(packed), lambda p=packed: _ours(p, x_TK, None, NEVER), bound)
-        if len(x_TK) > 1 and native.library() is not None and "indexed" not in name and "int8" not in name:
-            size = Plan.of(packed).nbytes
-            make = lambda p=packed: _ours(p, x_TK, Plan.of(p), 0)  # noqa: E731
+            yield Contender(
+                name, False, nbytes(packed), lambda p=packed, x=x: _ours(p, x, None, NEVER), bound
+            )
+        if len(x_TK) > 1 and native.library() is not None and "bitmask" in name and "int8" not in name:
+            size = Plan.of(packed, pairs).nbytes
+            make = lambda p=packed, x=x, d=pairs: _ours(p, x, Plan.of(p, d), 0)  # noqa: E731
             yield Contender(f"plan {name.split()[1]}", False, size, make, bound)
             if len(x_TK) >= 64:
-                made = lambda p=packed: _ours(p, x_TK, None, 0)  # noqa: E731
+                made = lambda p=packed, x=x: _ours(p, x, None, 0)  # noqa: E731
                 yield Contender(f"{name}, plan made at each call", False, nbytes(packed), made, bound)
 
 
@@ -158,7 +167,7 @@ def _csr(weight: Tensor, x: Tensor) -> Run:
     return lambda: torch.sparse.mm(weight, turned).T
 
 
-def _ours(packed: Bitmask | Indexed, x: Tensor, plan: Plan | None, switch: int) -> Run:
+def _ours(packed: Bitmask | Blocks | Indexed, x: Tensor, plan: Plan | None, switch: int) -> Run:
     import dataclasses
 
     own = dataclasses.replace(packed, **{n: b.clone() for n, b in packed.buffers().items()})
@@ -166,13 +175,17 @@ def _ours(packed: Bitmask | Indexed, x: Tensor, plan: Plan | None, switch: int) 
     return lambda: layer(x)
 
 
-def cell(N: int, K: int, sparsity: float, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def cell(N: int, K: int, sparsity: float, pattern: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """All contenders in turn."""
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(N, K, generator=generator) * K**-0.5
-    sparse = dense * (torch.rand(N, K, generator=generator) >= sparsity)
+    if pattern == "16x1":
+        keep = (torch.rand(N // 16, 1, K, generator=generator) >= sparsity).expand(-1, 16, -1).reshape(N, K)
+    else:
+        keep = torch.rand(N, K, generator=generator) >= sparsity
+    sparse = dense * keep
     x = torch.randn(tokens, K, generator=generator)
-    contenders = [*dense_contenders(dense, x), *sparse_contenders(sparse, x)]
+    contenders = [*dense_contenders(dense, x), *sparse_contenders(sparse, x, pattern)]
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for c in contenders:
         exact = x.double() @ (dense if c.dense else sparse).double().T
@@ -195,6 +208,7 @@ def cell(N: int, K: int, sparsity: float, tokens: int, rounds: int) -> list[dict
         rows.append(
             {"shape": f"{N}x{K}", "sparsity": sparsity, "tokens": tokens, "threads": torch.get_num_threads()}
             | {
+                "pattern": pattern,
                 "contender": c.name,
                 "dense": c.dense,
                 "us": round(1e6 * median, 1),
@@ -214,13 +228,14 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         "",
         "Written by `python -m benchmarks.sparse_linear`.",
     ]
-    for shape, threads in dict.fromkeys((r["shape"], r["threads"]) for r in rows):
-        mine = [r for r in rows if (r["shape"], r["threads"]) == (shape, threads)]
+    keys = ("shape", "threads", "pattern")
+    for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
+        mine = [r for r in rows if tuple(r[k] for k in keys) == key]
         sparsities = sorted({r["sparsity"] for r in mine})
         first = mine[0]
         lines += [
             "",
-            f"## {shape}, {threads} threads, {first['kernels']} ({first['machine']}, torch {first['torch']})",
+            "## {}, {} threads, zeros {}, {kernels} ({machine}, torch {torch})".format(*key, **first),
         ]
         for tokens in sorted({r["tokens"] for r in mine}):
             at = [r for r in mine if r["tokens"] == tokens]
@@ -250,6 +265,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument("--pattern", default="anywhere", choices=["anywhere", "16x1"])
     parser.add_argument("--tokens", nargs="*", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -262,13 +278,14 @@ def main() -> None:
         N, K = map(int, shape.split("x"))
         for tokens in arguments.tokens:
             for sparsity in arguments.sparsities:
-                rows = cell(N, K, sparsity, tokens, arguments.rounds)
+                rows = cell(N, K, sparsity, arguments.pattern, tokens, arguments.rounds)
                 with arguments.out.open("a", encoding="utf-8") as f:
                     f.writelines(json.dumps(r) + "\n" for r in rows)
                 best = max((r for r in rows if not r["dense"]), key=lambda r: r["times faster"])
                 print(shape, tokens, sparsity, best["contender"], best["times faster"], flush=True)
     if FILE.exists():
-        write_table([json.loads(line) for line in FILE.read_text().splitlines()])
+        old = {"pattern": "anywhere"}  # of rows from before there was another
+        write_table([old | json.loads(line) for line in FILE.read_text().splitlines()])
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ int32_t secateur_choose(const char* name);
 const char* secateur_kernels();
 void secateur_bitmask_linear(const Bitmask*, int64_t, const void*, int64_t, int32_t, const float*, void*, int32_t);
 void secateur_indexed_linear(const Indexed*, int64_t, const void*, int64_t, int32_t, const float*, void*, int32_t);
+void secateur_blocks_linear(const Blocks*, int64_t, const void*, int64_t, int32_t, const float*, void*, int32_t);
+void secateur_blocks_many_linear(const Blocks*, int64_t, const void*, int64_t, int32_t, const float*, void*, int32_t);
 void secateur_bitmask_many_linear(const Bitmask*, int64_t, const void*, int64_t, int32_t, const float*, void*, int32_t);
 void secateur_indexed_many_linear(const Indexed*, int64_t, const void*, int64_t, int32_t, const float*, void*, int32_t);
 }
 
 struct Case {
-    int64_t indexed, many, rows, columns, width, tokens, weight_type, x_type, group;
+    int64_t format, many, rows, columns, width, tokens, weight_type, x_type, group;
 };
 
 static std::vector<char> buffer() {
@@ -43,7 +45,12 @@ int main(int, char** arguments) {
         const auto bias = buffer();
         const auto weight_type = static_cast<int32_t>(c.weight_type), type = static_cast<int32_t>(c.x_type);
         std::vector<char> y(static_cast<size_t>(c.tokens * c.rows * (type == F32 ? 4 : 2)));
-        if (c.indexed) {
+        if (c.format == 2) {
+            const Blocks w{c.rows,         c.columns,           as<uint16_t>(places),
+                           values.data(), as<int64_t>(starts), weight_type};
+            (c.many ? secateur_blocks_many_linear : secateur_blocks_linear)(
+                &w, c.width, x.data(), c.tokens, type, as<float>(bias), y.data(), 2);
+        } else if (c.format == 1) {
             const Indexed w{c.rows,         c.columns,           as<uint16_t>(places),
                             values.data(), as<int64_t>(starts), weight_type};
             (c.many ? secateur_indexed_many_linear : secateur_indexed_linear)(

@@ -7,6 +7,7 @@ from torch import nn
 import secateur as sc
 from secateur.core.errors import SecateurError, SelectionError
 from secateur.runtime import SparseConv1x1, SparseLinear, compress, compress_, native
+from secateur.runtime.choose import Choice, formats
 from secateur.runtime.compress import MARGIN
 
 
@@ -55,6 +56,30 @@ def test_narrowed_values_say_their_error(net):
     assert first.dtype == "int8"
     assert 0 < first.error < 1 / 200
     assert next(r for r in report.layers if r.name == "head").dtype == "float32"
+
+
+def test_formats_that_are_tried():
+    weight = torch.randn(64, 96)
+    few = weight * (torch.rand(64, 96) >= 0.8)
+    blocks = weight * sc.Block(16, 1).keep(weight.abs(), 0.4)
+    assert formats(weight * (torch.rand(64, 96) >= 0.5), torch.float32) == ["bitmask"]
+    assert formats(few, torch.bfloat16) == ["bitmask", "indexed"]
+    assert formats(blocks, torch.float32) == ["bitmask", "blocks"]
+    assert formats(blocks, torch.int8) == ["bitmask"]
+    assert formats(0 * weight, torch.float32) == ["bitmask", "indexed"]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_model_pruned_in_blocks(planned, net, compiled):
+    """As `compress` makes its layers where blocks are the fastest."""
+    sc.prune_(net, sc.Magnitude(), 0.7, pattern=sc.Block(16, 1), where=sc.Where(include="first"))
+    x = torch.randn(40, 32)
+    expected = net.first(x)
+    choice = Choice("blocks", torch.float32, planned, False, 8, {})
+    sparse = choice.build(net.first.weight, net.first.bias, None)
+    assert torch.allclose(sparse(x), expected, atol=1e-5)
+    assert torch.allclose(sparse(x[:2]), expected[:2], atol=1e-5)
+    assert "blocks, float32, sparsity=69.8%" in str(sparse)
 
 
 def test_no_layer_is_converted_that_is_not_faster(net, compiled):

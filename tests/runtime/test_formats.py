@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.core.errors import ArtifactError, NonFiniteError, SecateurError
-from secateur.runtime.formats import TAIL, Bitmask, Indexed
+from secateur.runtime.formats import TAIL, Bitmask, Blocks, Indexed
 from secateur.runtime.formats.bitmask import STEPS
 from secateur.runtime.formats.common import kept, nbytes
 
@@ -25,14 +25,18 @@ SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 300))
 
 @given(SHAPES, st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.integers(0, 99))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", [Bitmask, Indexed])
+@pytest.mark.parametrize("format", [Bitmask, Indexed, Blocks])
 def test_what_is_packed_is_unpacked_to_the_bit(format, dtype, shape, sparsity, seed):
     weight = sparse(*shape, sparsity, seed).to(dtype)
     packed = format.pack(weight)
     packed.check()
     assert torch.equal(packed.unpack(), weight)
     assert packed.unpack().dtype == dtype
-    assert kept(packed) == int(weight.count_nonzero())
+    if format is Blocks:
+        blocks = [part.any(0).sum() for part in weight.split(16)]
+        assert kept(packed) == 16 * int(sum(blocks))
+    else:
+        assert kept(packed) == int(weight.count_nonzero())
 
 
 @given(SHAPES, st.sampled_from([0.3, 0.9]), st.integers(0, 99), st.sampled_from([64, 128]))
@@ -90,7 +94,7 @@ def test_a_half_empty_bfloat16_matrix_has_57_percent_of_its_bytes():
     assert nbytes(Bitmask.pack(weight)) <= 0.57 * 2 * weight.numel()
 
 
-@pytest.mark.parametrize("pack", [Bitmask.pack, Indexed.pack])
+@pytest.mark.parametrize("pack", [Bitmask.pack, Indexed.pack, Blocks.pack])
 def test_bad_input(pack):
     with pytest.raises(SecateurError, match=r"Values are stored as float32, bfloat16.*torch.float16"):
         pack(torch.ones(2, 2), dtype=torch.float16)
@@ -107,11 +111,14 @@ def test_bad_groups_and_too_many_columns():
         Bitmask.pack(torch.ones(2, 2), dtype=torch.int8, group=96)
     with pytest.raises(SecateurError, match="65536 columns"):
         Indexed.pack(torch.ones(1, 2**16 + 1))
+    with pytest.raises(SecateurError, match="65536 columns"):
+        Blocks.pack(torch.ones(1, 2**16 + 1))
 
 
 BITMASK = Bitmask.pack(sparse(9, 130, 0.6))
 INT8 = Bitmask.pack(sparse(9, 130, 0.6), dtype=torch.int8)
 INDEXED = Indexed.pack(sparse(9, 130, 0.6))
+BLOCKS = Blocks.pack(sparse(40, 130, 0.9))
 
 
 def changed(buffer, at, value):
@@ -152,6 +159,17 @@ def changed(buffer, at, value):
         (INDEXED, {"starts": changed(INDEXED.starts, -1, 2**40)}, "offsets do not rise"),
         (INDEXED, {"shape": (9, 100)}, "of 100"),
         (INDEXED, {"values": INDEXED.values[:-1]}, "its indices are"),
+        (BLOCKS, {"columns": changed(BLOCKS.columns, 5, 130)}, "column 130 of 130|do not rise"),
+        (BLOCKS, {"columns": BLOCKS.columns[1:]}, "its columns are"),
+        (BLOCKS, {"columns": BLOCKS.columns.flip(0)}, "do not rise"),
+        (BLOCKS, {"starts": changed(BLOCKS.starts, 1, 2**40)}, "offsets do not rise"),
+        (BLOCKS, {"starts": BLOCKS.starts[:-1]}, "its starts are"),
+        (BLOCKS, {"shape": (40, 100)}, "of 100"),
+        (BLOCKS, {"shape": (60, 130)}, "its starts are"),
+        (BLOCKS, {"shape": (36, 130)}, "in rows outside its shape"),
+        (BLOCKS, {"values": BLOCKS.values[:-1]}, "not in blocks of 16"),
+        (BLOCKS, {"values": BLOCKS.values[:-16]}, "its columns are"),
+        (BLOCKS, {"values": BLOCKS.values.double()}, "its values are torch.float64"),
     ],
 )
 def test_damage_is_refused(packed, change, complaint):
@@ -166,7 +184,7 @@ def test_damage_is_refused(packed, change, complaint):
 @given(st.data())
 def test_fuzzed_buffers_are_refused_or_harmless(data):
     """One bit of the layout turned over: `check` complains, or only values changed."""
-    packed = data.draw(st.sampled_from([BITMASK, INT8, INDEXED]))
+    packed = data.draw(st.sampled_from([BITMASK, INT8, INDEXED, BLOCKS]))
     name = data.draw(st.sampled_from([n for n in packed.buffers() if n not in ("values", "scales")]))
     raw = packed.buffers()[name].clone().view(torch.uint8)
     at, bit = data.draw(st.integers(0, raw.numel() - 1)), data.draw(st.integers(0, 7))
@@ -176,5 +194,5 @@ def test_fuzzed_buffers_are_refused_or_harmless(data):
         damaged.check()
     except ArtifactError:
         return
-    assert name == "indices"  # another column, still rising and inside
+    assert name in ("indices", "columns")  # another column, still rising and inside
     assert damaged.unpack().shape == packed.unpack().shape

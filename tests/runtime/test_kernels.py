@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from secateur.core.errors import SecateurError
 from secateur.runtime import native
-from secateur.runtime.formats import Bitmask, Indexed
+from secateur.runtime.formats import Bitmask, Blocks, Indexed
 from secateur.runtime.linear import NEVER, SparseLinear
 from secateur.runtime.plan import Plan
 
@@ -34,6 +34,8 @@ def packings(weight):
     yield Bitmask.pack(weight, dtype=torch.int8, group=64)
     yield Indexed.pack(weight)
     yield Indexed.pack(weight, dtype=torch.bfloat16)
+    yield Blocks.pack(weight)
+    yield Blocks.pack(weight, dtype=torch.bfloat16)
 
 
 def kernels_of(packed, bias):

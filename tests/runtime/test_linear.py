@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from secateur.core.errors import ArtifactError, SecateurError
 from secateur.runtime import native
-from secateur.runtime.formats import Bitmask, Indexed
+from secateur.runtime.formats import Bitmask, Blocks, Indexed
 from secateur.runtime.linear import NEVER, SparseConv1x1, SparseLinear, dense_of
 from secateur.runtime.plan import Plan
 
@@ -20,6 +20,7 @@ FORMATS = [
     lambda w: Bitmask.pack(w, dtype=torch.bfloat16),
     lambda w: Bitmask.pack(w, dtype=torch.int8),
     lambda w: Indexed.pack(w),
+    lambda w: Blocks.pack(w),
 ]
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.runtime import native
-from secateur.runtime.formats import Bitmask, Indexed, Packed
+from secateur.runtime.formats import Bitmask, Blocks, Indexed, Packed
+from secateur.runtime.formats.blocks import ROWS, in_blocks
 from secateur.runtime.linear import NEVER, SparseConv1x1, SparseLinear
 from secateur.runtime.plan import Plan
 
 FROM_MEMORY = 64 * 2**20  # bytes of weights in turn, so that they come from memory as in a whole model
 SWITCHES = (4, 8, 16, 32, 64, 128, 256)
 LEAST_INDEXED = 0.65  # sparsity from which on indices are worth a trial
+MOST_FILLED = 1.5  # values that blocks may store for each that is not zero, to be worth a trial
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,8 @@ class Times:
 class Choice:
     """A format, and what it gives: `times` by number of tokens.
 
-    `format` is "bitmask" or "indexed"; `plan` says whether the layout for many tokens is kept beside it,
-    `pairs` whether for pairs of columns, and `switch` from how many tokens on the kernel for many tokens is
-    used.
+    `format` is "bitmask", "indexed" or "blocks"; `plan` says whether the layout for many tokens is kept too,
+    `pairs` whether for pairs of columns, `switch` from how many tokens on the kernel for many tokens is used.
     """
 
     format: str
@@ -64,6 +65,8 @@ def paired(input: torch.dtype, stored: torch.dtype) -> bool:
 
 def pack(weight: Tensor, format: str, dtype: torch.dtype) -> Packed:
     """A weight [N, K] in a format by its name."""
+    if format == "blocks":
+        return Blocks.pack(weight, dtype=dtype)
     return Bitmask.pack(weight, dtype=dtype) if format == "bitmask" else Indexed.pack(weight, dtype=dtype)
 
 
@@ -98,8 +101,7 @@ def choose(
         plan: whether the layout for many tokens may be kept.
     """
     found = []
-    sparsity = 1 - int(weight.count_nonzero()) / weight.numel()
-    for format in _formats(sparsity, dtype, weight.shape[1]):
+    for format in formats(weight, dtype):
         packed = pack(weight, format, dtype)
         pairs = paired(weight.dtype, dtype)
         made = Plan.of(packed, pairs) if plan and native.library() is not None else None
@@ -137,9 +139,18 @@ def example(dense: nn.Module, columns: int, tokens: int, stride: tuple[int, int]
     return image.to(dtype)
 
 
-def _formats(sparsity: float, dtype: torch.dtype, columns: int) -> list[str]:
-    indexed = dtype != torch.int8 and columns <= 2**16 and sparsity >= LEAST_INDEXED
-    return ["bitmask", "indexed"] if indexed else ["bitmask"]
+def formats(weight: Tensor, dtype: torch.dtype) -> list[str]:
+    """Those that are worth a trial for a weight [N, K] with values of this type."""
+    if dtype == torch.int8 or weight.shape[1] > 2**16:
+        return ["bitmask"]
+    keep = weight != 0
+    kept = int(keep.sum())
+    found = ["bitmask"]
+    if kept <= (1 - LEAST_INDEXED) * weight.numel():
+        found.append("indexed")
+    if 0 < ROWS * int(in_blocks(keep).any(-1).sum()) <= MOST_FILLED * kept:
+        found.append("blocks")
+    return found
 
 
 def _switch(

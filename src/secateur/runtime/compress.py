@@ -17,7 +17,7 @@ from secateur.core.names import unwrap
 from secateur.printing import printed
 from secateur.progress import track
 from secateur.runtime import native
-from secateur.runtime.choose import Choice, choose, paired
+from secateur.runtime.choose import Choice, choose, formats, paired
 from secateur.runtime.formats.common import nbytes
 from secateur.runtime.linear import SparseLinear
 
@@ -34,7 +34,7 @@ class LayerReport:
         name: of the module.
         shape: outputs and inputs.
         sparsity: fraction of zeros.
-        format: "bitmask" or "indexed", None where the layer stays dense; `reason` then says why.
+        format: "bitmask", "indexed" or "blocks", None where the layer stays dense; `reason` then says why.
         dtype: of the stored values.
         dense_bytes: of the dense weight.
         packed_bytes: of the packed weight, `dense_bytes` where it stays dense.
@@ -224,7 +224,17 @@ def _converted(
     if not measure:
         choice = Choice("bitmask", stored, False, False, 16, {})
     else:
-        key = (type(layer.module), weight.shape, weight.dtype, layer.stride, round(sparsity, 2), stored, plan)
+        tried = tuple(formats(weight, stored))
+        key = (
+            type(layer.module),
+            weight.shape,
+            weight.dtype,
+            layer.stride,
+            round(sparsity, 2),
+            stored,
+            plan,
+            tried,
+        )
         if key not in known:
             if native.library() is None:
                 known[key] = None

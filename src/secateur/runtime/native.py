@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.runtime.formats import Bitmask, Indexed, Packed
+from secateur.runtime.formats import Bitmask, Blocks, Indexed, Packed
 
 VERSION = 2  # of the interface
 FILE = Path(__file__).parent / "_native.so"
@@ -41,7 +41,7 @@ class CBitmask(ctypes.Structure):
 
 
 class CIndexed(ctypes.Structure):
-    """`Indexed` of native/kernels.h."""
+    """`Indexed` and `Blocks` of native/kernels.h."""
 
     _fields_ = [
         ("rows", c_int64),
@@ -83,7 +83,11 @@ def _signatures(library: ctypes.CDLL) -> None:
     library.secateur_pairs.restype = c_int32
     library.secateur_borrow_threads.argtypes = [c_void_p]
     tail = [c_int64, c_void_p, c_int64, c_int32, c_void_p, c_void_p, c_int32]
-    weights: dict[str, type[ctypes.Structure]] = {"bitmask": CBitmask, "indexed": CIndexed}
+    weights: dict[str, type[ctypes.Structure]] = {
+        "bitmask": CBitmask,
+        "indexed": CIndexed,
+        "blocks": CIndexed,
+    }
     many = {f"{name}_many": weight for name, weight in weights.items()}
     for name, weight in (weights | many | {"planned": CPlan, "dense": CDense}).items():
         function = getattr(library, f"secateur_{name}_linear")
@@ -152,7 +156,9 @@ def weight(packed: Packed) -> tuple[str, CBitmask | CIndexed]:
     if isinstance(packed, Bitmask):
         return "bitmask", _bitmask(packed)
     if isinstance(packed, Indexed):
-        return "indexed", _indexed(packed)
+        return "indexed", _indexed(packed, packed.indices)
+    if isinstance(packed, Blocks):
+        return "blocks", _indexed(packed, packed.columns)
     raise SecateurError(f"There is no kernel for {type(packed).__name__}.")
 
 
@@ -162,8 +168,8 @@ def _bitmask(packed: Bitmask) -> CBitmask:
     return CBitmask(packed.shape[0], packed.padded[1], *buffers, packed.group, TYPES[packed.values.dtype])
 
 
-def _indexed(packed: Indexed) -> CIndexed:
-    buffers = (packed.indices.data_ptr(), packed.values.data_ptr(), packed.starts.data_ptr())
+def _indexed(packed: Indexed | Blocks, columns: Tensor) -> CIndexed:
+    buffers = (columns.data_ptr(), packed.values.data_ptr(), packed.starts.data_ptr())
     return CIndexed(*packed.shape, *buffers, TYPES[packed.values.dtype])
 
 

@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from secateur.core.errors import ArtifactError, SecateurError
 from secateur.runtime import native
-from secateur.runtime.formats import Bitmask, Indexed, Packed
+from secateur.runtime.formats import Bitmask, Blocks, Indexed, Packed
+from secateur.runtime.formats.blocks import ROWS as BLOCK
 from secateur.runtime.formats.common import check_buffer
 from secateur.runtime.plan import Plan
 
@@ -26,10 +27,10 @@ Calls = tuple[native.Call | None, native.Call | None]  # for few tokens, for man
 
 
 def packed_of(weight: Sequence[Tensor], rows: int, columns: int, group: int) -> Packed:
-    """The format whose buffers these are."""
+    """The format whose buffers these are; `group` is what the format calls so, or 0."""
     shape = (rows, columns)
     if len(weight) == 3 and weight[0].dtype == torch.int16:
-        return Indexed(shape, *weight)
+        return Blocks(shape, *weight) if group == BLOCK else Indexed(shape, *weight)
     if len(weight) in (3, 4) and weight[0].dtype == torch.uint8:
         scales = weight[3] if len(weight) == 4 else None
         return Bitmask(shape, weight[0], weight[1], weight[2], scales, group)

@@ -82,6 +82,23 @@ def check_shape(name: str, shape: tuple[int, int], values: Tensor) -> None:
         raise unsound(name, f"its values have shape {tuple(values.shape)}")
 
 
+def check_indices(name: str, indices: Tensor, starts: Tensor, columns: int) -> None:
+    """Raise `ArtifactError` unless int16 columns rise within each row, are inside, and are as many as said.
+
+    Row n has those from starts[n] on.
+    """
+    kept = indices.numel()
+    if int(starts[0]) != 0 or int(starts[-1]) != kept or bool((starts.diff() < 0).any()):
+        raise unsound(name, "its offsets do not rise from 0 to the number of values")
+    column = indices.to(torch.int64) & 0xFFFF
+    if kept and int(column.max()) >= columns:
+        raise unsound(name, f"it has a column {int(column.max())} of {columns}")
+    rises = column.diff() > 0
+    rises[starts[1:-1][(starts[1:-1] > 0) & (starts[1:-1] < kept)] - 1] = True
+    if not bool(rises.all()):
+        raise unsound(name, "its columns do not rise within a row")
+
+
 def unsound(name: str, why: str) -> ArtifactError:
     """The error for buffers that must not be read."""
     return ArtifactError(f"{name} is damaged: {why}.")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.runtime.formats.common import TAIL, check_buffer, check_shape, prepared, unsound
+from secateur.runtime.formats.common import TAIL, check_buffer, check_indices, check_shape, prepared, unsound
 
 MOST_COLUMNS = 2**16
 DTYPES = (torch.float32, torch.bfloat16)
@@ -68,7 +68,7 @@ class Indexed:
         dense = self.values.new_zeros(self.shape)
         counts = self.starts.diff()
         row = torch.arange(self.shape[0], device=counts.device).repeat_interleave(counts)
-        dense[row, self._columns()] = self.values[:-TAIL]
+        dense[row, self.indices.to(torch.int64) & (MOST_COLUMNS - 1)] = self.values[:-TAIL]
         return dense if dtype is None else dense.to(dtype)
 
     def check(self, name: str = "the weight") -> None:
@@ -80,16 +80,4 @@ class Indexed:
         kept = self.values.numel() - TAIL
         check_buffer(name, "indices", self.indices, torch.int16, (kept,))
         check_buffer(name, "starts", self.starts, torch.int64, (rows + 1,))
-        starts = self.starts
-        if int(starts[0]) != 0 or int(starts[-1]) != kept or bool((starts.diff() < 0).any()):
-            raise unsound(name, "its offsets do not rise from 0 to the number of values")
-        column = self._columns()
-        if kept and int(column.max()) >= columns:
-            raise unsound(name, f"it has a column {int(column.max())} of {columns}")
-        rises = column.diff() > 0
-        rises[starts[1:-1][(starts[1:-1] > 0) & (starts[1:-1] < kept)] - 1] = True
-        if not bool(rises.all()):
-            raise unsound(name, "its columns do not rise within a row")
-
-    def _columns(self) -> Tensor:
-        return self.indices.to(torch.int64) & (MOST_COLUMNS - 1)
+        check_indices(name, self.indices, self.starts, columns)

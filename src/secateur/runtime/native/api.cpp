@@ -166,8 +166,8 @@ void fill(const Bitmask& w, int64_t chunk, int64_t slot, const int64_t* offsets,
     else fill_chunk<Kind>(w, chunk, slot, offsets, counts, places, values);
 }
 
-template <class Kind>
-void fill(const Indexed& w, int64_t chunk, int64_t slot, const int64_t* offsets, uint8_t* counts, uint8_t* places,
+template <class Kind, class Weight>
+void fill(const Weight& w, int64_t chunk, int64_t slot, const int64_t* offsets, uint8_t* counts, uint8_t* places,
           void* values) {
     fill_chunk<Kind>(w, chunk, slot, offsets, counts, places, values);
 }
@@ -241,6 +241,13 @@ SECATEUR_EXPORT void secateur_indexed_linear(const Indexed* w, int64_t width, co
     linear(*w, chosen()->indexed, IN_ORDER, width, w->rows, w->starts[w->rows], x, tokens, type, bias, y, threads);
 }
 
+SECATEUR_EXPORT void secateur_blocks_linear(const Blocks* w, int64_t width, const void* x, int64_t tokens, int32_t type,
+                                            const float* bias, void* y, int32_t threads) {
+    const int64_t groups = (w->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    linear(*w, chosen()->blocks, IN_ORDER, width, groups, w->starts[groups] * BLOCK_ROWS, x, tokens, type, bias, y,
+           threads);
+}
+
 SECATEUR_EXPORT void secateur_dense_linear(const Dense* w, int64_t width, const void* x, int64_t tokens, int32_t type,
                                            const float* bias, void* y, int32_t threads) {
     const int64_t groups = (w->rows + ROWS - 1) / ROWS;
@@ -259,6 +266,10 @@ SECATEUR_EXPORT void secateur_indexed_offsets(const Indexed* w, int32_t type, in
     with_kind(type, [&](auto kind) { offsets_of<decltype(kind)>(*w, 0, chunks_of(w->rows), offsets); });
 }
 
+SECATEUR_EXPORT void secateur_blocks_offsets(const Blocks* w, int32_t type, int64_t* offsets) {
+    with_kind(type, [&](auto kind) { offsets_of<decltype(kind)>(*w, 0, chunks_of(w->rows), offsets); });
+}
+
 SECATEUR_EXPORT void secateur_bitmask_plan(const Bitmask* w, int32_t type, const int64_t* offsets, uint8_t* counts,
                                            uint8_t* places, void* values, int32_t threads) {
     make_plan(*w, type, offsets, counts, places, values, threads);
@@ -266,6 +277,11 @@ SECATEUR_EXPORT void secateur_bitmask_plan(const Bitmask* w, int32_t type, const
 
 SECATEUR_EXPORT void secateur_indexed_plan(const Indexed* w, int32_t type, const int64_t* offsets, uint8_t* counts,
                                            uint8_t* places, void* values, int32_t threads) {
+    make_plan(*w, type, offsets, counts, places, values, threads);
+}
+
+SECATEUR_EXPORT void secateur_blocks_plan(const Blocks* w, int32_t type, const int64_t* offsets, uint8_t* counts,
+                                          uint8_t* places, void* values, int32_t threads) {
     make_plan(*w, type, offsets, counts, places, values, threads);
 }
 
@@ -289,5 +305,10 @@ SECATEUR_EXPORT void secateur_bitmask_many_linear(const Bitmask* w, int64_t widt
 
 SECATEUR_EXPORT void secateur_indexed_many_linear(const Indexed* w, int64_t width, const void* x, int64_t tokens,
                                                   int32_t type, const float* bias, void* y, int32_t threads) {
+    expanded(*w, width, x, tokens, type, bias, y, threads);
+}
+
+SECATEUR_EXPORT void secateur_blocks_many_linear(const Blocks* w, int64_t width, const void* x, int64_t tokens,
+                                                 int32_t type, const float* bias, void* y, int32_t threads) {
     expanded(*w, width, x, tokens, type, bias, y, threads);
 }

@@ -24,7 +24,7 @@ void dense(const Dense& w, const void* x, int64_t tokens, const Output& out, int
 const Kernels* avx2() {
     using namespace avx2_batch;
     static const Kernels kernels{
-        "avx2", in_order, bitmask, indexed_of<Avx2>, dense, PANEL, to_panel, plan, planned, false};
+        "avx2", in_order, bitmask, indexed_of<Avx2>, blocks_of_rows<Avx2>, dense, PANEL, to_panel, plan, planned, false};
     return &kernels;
 }
 

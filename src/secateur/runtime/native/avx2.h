@@ -68,6 +68,7 @@ struct Avx2 {
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
     }
+    static Vec all(float value) { return _mm256_set1_ps(value); }
     static Vec load(const float* p) { return _mm256_loadu_ps(p); }
     static Vec load(const uint16_t* p) {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -35,6 +35,13 @@ namespace {
 SECATEUR_EXPAND_ps
 SECATEUR_EXPAND_epi32
 
+inline __m512i sixteen(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m512i sixteen(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
 struct Avx512 {
     using Vec = __m512;
     static constexpr int LANES = 16, TOKENS = 6;
@@ -44,6 +51,9 @@ struct Avx512 {
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static Vec scaled(Vec v, float scale, Vec total) { return _mm512_fmadd_ps(v, _mm512_set1_ps(scale), total); }
     static float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+    static Vec all(float value) { return _mm512_set1_ps(value); }
+    static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+    static Vec load(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(sixteen(p), 16)); }
     static Vec x(const float* column, int h) { return _mm512_loadu_ps(column + LANES * h); }
 };
 
@@ -65,13 +75,6 @@ struct FloatSteps : Avx512 {
         }
     };
 };
-
-inline __m512i sixteen(const uint16_t* p) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline __m512i sixteen(const int8_t* p) {
-    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 
 // bfloat16 and int8 where only 32-bit lanes can be expanded: widened first, sixteen at a time.
 template <typename V, typename Word>

@@ -63,7 +63,7 @@ void planned(const Plan& w, const float* panels, int64_t tokens, const Output& o
 
 const Kernels* avx512bf16() {
     using avx2_batch::PANEL, avx2_batch::plan, avx2_batch::to_panel;
-    static const Kernels kernels{"avx512bf16", wanted,   bitmask, indexed_of<Avx2>, dense,
+    static const Kernels kernels{"avx512bf16", wanted,   bitmask, indexed_of<Avx2>, blocks_of_rows<Avx512>, dense,
                                  PANEL,        to_panel, plan,    planned,          true};
     return &kernels;
 }

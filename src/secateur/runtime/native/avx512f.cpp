@@ -24,7 +24,7 @@ void dense(const Dense& w, const void* x, int64_t tokens, const Output& out, int
 const Kernels* avx512f() {
     using namespace avx2_batch;
     static const Kernels kernels{
-        "avx512f", in_order, bitmask, indexed_of<Avx2>, dense, PANEL, to_panel, plan, planned_f32, false};
+        "avx512f", in_order, bitmask, indexed_of<Avx2>, blocks_of_rows<Avx512>, dense, PANEL, to_panel, plan, planned_f32, false};
     return &kernels;
 }
 

@@ -6,7 +6,7 @@ namespace secateur {
 
 const Kernels* avx512vbmi2() {
     using namespace avx2_batch;
-    static const Kernels kernels{"avx512vbmi2", dealt,    bitmask_expanded, indexed_of<Avx2>, dense_expanded,
+    static const Kernels kernels{"avx512vbmi2", dealt,    bitmask_expanded, indexed_of<Avx2>, blocks_of_rows<Avx512>, dense_expanded,
                                  PANEL,         to_panel, plan,             planned_f32,      false};
     return &kernels;
 }

@@ -35,6 +35,17 @@ struct Indexed {
     int32_t type;
 };
 
+// Column and values of each kept block of sixteen rows, sixteen rows after sixteen rows.
+struct Blocks {
+    int64_t rows, columns;
+    const uint16_t* indices;
+    const void* values;
+    const int64_t* starts;  // [ceil(N / 16) + 1], in blocks
+    int32_t type;
+};
+
+constexpr int BLOCK_ROWS = 16;
+
 // For many tokens, from the bitmask: rows in chunks of 64, columns in blocks of 128. For each chunk, for each block,
 // for each two rows of the chunk there are three lists: columns that both rows keep, that only the first keeps, and
 // only the second. `counts` has the lengths of the three, `places` the columns within the block, `values` the
@@ -112,7 +123,7 @@ enum Input : int32_t { AS_BF16 = 0, IN_ORDER = 1, DEALT_2 = 2, DEALT_4 = 4 };
 // One instruction set.
 //
 // The streaming kernels do rows (groups of rows where the weight has groups) first to last; `input` says what x they
-// take for a weight and an x of these types (`indexed` always takes IN_ORDER). Plans are multiplied with x in panels
+// take for a weight and an x of these types (`indexed` and `blocks` always take IN_ORDER). Plans are multiplied with x in panels
 // of `panel` tokens, [ceil(T / panel), K, panel], as `to_panel` writes one; a kernel does chunks first to last, and
 // sums in [ceil(T / panel), rows, panel], which it clears.
 struct Kernels {
@@ -120,6 +131,7 @@ struct Kernels {
     Input (*input)(int32_t weight, int32_t x);
     void (*bitmask)(const Bitmask&, const void* x, int64_t tokens, const Output&, int64_t first, int64_t last);
     void (*indexed)(const Indexed&, const void* x, int64_t tokens, const Output&, int64_t first, int64_t last);
+    void (*blocks)(const Blocks&, const void* x, int64_t tokens, const Output&, int64_t first, int64_t last);
     void (*dense)(const Dense&, const void* x, int64_t tokens, const Output&, int64_t first, int64_t last);
     int64_t panel;
     // From x[T, width] of this type; PAIRS: bfloat16, of which two columns are one entry of the panel.

@@ -36,7 +36,7 @@ constexpr uint8_t COUNTS[16] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
 
 struct Neon {
     using Vec = float32x4_t;
-    static constexpr int TOKENS = 4;
+    static constexpr int LANES = 4, TOKENS = 4;
     static constexpr float SCALE = 1.0f;
     static Vec zero() { return vdupq_n_f32(0); }
     static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -64,6 +64,11 @@ struct Neon {
     static Vec expand(const V* p, unsigned half) {
         constexpr int TABLE = sizeof(V) == 4 ? 0 : sizeof(V) == 2 ? 1 : 2;
         return number(p, vqtbl1q_u8(bytes(p), vld1q_u8(LANES_OF[TABLE].of[half])));
+    }
+    static Vec all(float value) { return vdupq_n_f32(value); }
+    template <typename V>
+    static Vec load(const V* p) {
+        return expand(p, 15);
     }
     template <typename V>
     static void widened(const V* p, float* to) {
@@ -111,7 +116,7 @@ void dense(const Dense& w, const void* x, int64_t tokens, const Output& out, int
 
 const Kernels* neon() {
     using namespace portable_batch;
-    static const Kernels kernels{"neon", in_order, bitmask, indexed_of<Neon>, dense,
+    static const Kernels kernels{"neon", in_order, bitmask, indexed_of<Neon>, blocks_of_rows<Neon>, dense,
                                  PANEL,  to_panel, nullptr, planned,          false};
     return &kernels;
 }

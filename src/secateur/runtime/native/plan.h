@@ -173,8 +173,50 @@ public:
     }
 };
 
+class BlocksReader {
+    static constexpr int64_t GROUPS = CHUNK / BLOCK_ROWS;
+    const Blocks& w;
+    int64_t groups, rows, at[GROUPS], last[GROUPS];
+
+    // each(row, column, k) for the entries of a block of `width` columns.
+    template <class Each>
+    void entries(int64_t from, int64_t width, const Each& each) {
+        for (int64_t g = 0; g < groups; ++g)
+            for (; at[g] < last[g] && w.indices[at[g]] < from + width; ++at[g])
+                for (int64_t r = 0; r < least(BLOCK_ROWS, rows - g * BLOCK_ROWS); ++r)
+                    each(g * BLOCK_ROWS + r, w.indices[at[g]] - from, at[g] * BLOCK_ROWS + r);
+    }
+
+public:
+    BlocksReader(const Blocks& weight, int64_t chunk) : w(weight) {
+        rows = least(CHUNK, w.rows - chunk * CHUNK);
+        groups = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        for (int64_t g = 0; g < groups; ++g)
+            at[g] = w.starts[chunk * GROUPS + g], last[g] = w.starts[chunk * GROUPS + g + 1];
+    }
+
+    template <class Kind>
+    void marks(int64_t b, Block<Kind>& block) {
+        block.clear();
+        const int64_t width = BLOCK * Kind::PER_ENTRY;
+        entries(b * width, width, [&](int64_t row, int64_t column, int64_t) { block.mark(row, column); });
+    }
+
+    template <class Kind>
+    void read(int64_t b, Block<Kind>& block) {
+        using V = typename Kind::value;
+        block.clear();
+        const int64_t width = BLOCK * Kind::PER_ENTRY;
+        entries(b * width, width, [&](int64_t row, int64_t column, int64_t k) {
+            if (w.type == F32) block.put(row, column, static_cast<V>(static_cast<const float*>(w.values)[k]));
+            else block.put(row, column, static_cast<V>(static_cast<const uint16_t*>(w.values)[k]));
+        });
+    }
+};
+
 inline BitmaskReader reader(const Bitmask& w, int64_t chunk) { return {w, chunk}; }
 inline IndexedReader reader(const Indexed& w, int64_t chunk) { return {w, chunk}; }
+inline BlocksReader reader(const Blocks& w, int64_t chunk) { return {w, chunk}; }
 
 // The lists of one block.
 template <class Kind>

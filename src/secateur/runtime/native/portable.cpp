@@ -48,6 +48,19 @@ void indexed(const Indexed& w, const void* input, int64_t tokens, const Output& 
     }
 }
 
+void blocks(const Blocks& w, const void* input, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+    const auto* x = static_cast<const float*>(input);
+    for (int64_t g = first; g < last; ++g) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            float sums[BLOCK_ROWS] = {};
+            for (int64_t i = w.starts[g]; i < w.starts[g + 1]; ++i)
+                for (int r = 0; r < BLOCK_ROWS; ++r)
+                    sums[r] += value_at(w.values, w.type, i * BLOCK_ROWS + r) * x[t * w.columns + w.indices[i]];
+            for (int r = 0; r < BLOCK_ROWS; ++r) store(out, t, g * BLOCK_ROWS + r, sums[r]);
+        }
+    }
+}
+
 void dense(const Dense& w, const void* input, int64_t tokens, const Output& out, int64_t first, int64_t last) {
     const auto* x = static_cast<const float*>(input);
     const int step = step_of(w.type);
@@ -67,7 +80,7 @@ void dense(const Dense& w, const void* input, int64_t tokens, const Output& out,
 
 const Kernels* portable() {
     using namespace portable_batch;
-    static const Kernels kernels{"portable", in_order, bitmask, indexed, dense, PANEL, to_panel, nullptr, planned, false};
+    static const Kernels kernels{"portable", in_order, bitmask, indexed, blocks, dense, PANEL, to_panel, nullptr, planned, false};
     return &kernels;
 }
 

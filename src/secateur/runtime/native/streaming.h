@@ -128,5 +128,65 @@ void indexed_of(const Indexed& w, const void* x, int64_t tokens, const Output& o
     else indexed_rows<Eight, uint16_t>(w, wide, tokens, out, first, last);
 }
 
+// Groups of sixteen rows, whose sums are what vectors hold. Isa has LANES, load and all (a number in every lane).
+template <class Isa, typename V, int T>
+void block_rows(const Blocks& w, const float* x, int64_t token, const Output& out, int64_t first, int64_t last) {
+    constexpr int N = BLOCK_ROWS / Isa::LANES, WANTED = 8 / (N * T), SETS = WANTED > 1 ? WANTED : 1;
+    using Vec = typename Isa::Vec;
+    const int64_t K = w.columns;
+    const auto* values = static_cast<const V*>(w.values);
+    x += token * K;
+    for (int64_t g = first; g < last; ++g) {
+        Vec sums[SETS][T][N];
+        for (auto& set : sums)
+            for (auto& one : set)
+                for (auto& sum : one) sum = Isa::zero();
+        int64_t at = w.starts[g];
+        const int64_t end = w.starts[g + 1];
+        const auto add = [&](int64_t i, Vec(&into)[T][N]) {
+            const float* column = x + w.indices[i];
+            Vec v[N];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) v[n] = Isa::load(values + i * BLOCK_ROWS + n * Isa::LANES);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const Vec number = Isa::all(column[t * K]);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; ++n) into[t][n] = Isa::fma(v[n], number, into[t][n]);
+            }
+        };
+        for (; at + SETS <= end; at += SETS) {
+            __builtin_prefetch(reinterpret_cast<const char*>(values + at * BLOCK_ROWS) + AHEAD);
+#pragma GCC unroll 8
+            for (int s = 0; s < SETS; ++s) add(at + s, sums[s]);
+        }
+        for (; at < end; ++at) add(at, sums[0]);
+        for (int t = 0; t < T; ++t)
+            for (int n = 0; n < N; ++n) {
+                for (int s = 1; s < SETS; ++s) sums[0][t][n] = Isa::add(sums[0][t][n], sums[s][t][n]);
+                float lanes[Isa::LANES];
+                std::memcpy(lanes, &sums[0][t][n], sizeof(lanes));
+                for (int l = 0; l < Isa::LANES; ++l)
+                    store(out, token + t, g * BLOCK_ROWS + n * Isa::LANES + l, lanes[l]);
+            }
+    }
+}
+
+template <class Isa, typename V, int T>
+void block_tokens(const Blocks& w, const float* x, int64_t tokens, const Output& out, int64_t first, int64_t last,
+                  int64_t token) {
+    for (; token + T <= tokens; token += T) block_rows<Isa, V, T>(w, x, token, out, first, last);
+    if constexpr (T > 1)
+        if (token < tokens) block_tokens<Isa, V, T - 1>(w, x, tokens, out, first, last, token);
+}
+
+template <class Isa>
+void blocks_of_rows(const Blocks& w, const void* x, int64_t tokens, const Output& out, int64_t first, int64_t last) {
+    constexpr int T = 4;
+    const auto* wide = static_cast<const float*>(x);
+    if (w.type == F32) block_tokens<Isa, float, T>(w, wide, tokens, out, first, last, 0);
+    else block_tokens<Isa, uint16_t, T>(w, wide, tokens, out, first, last, 0);
+}
+
 }  // namespace
 }  // namespace secateur
