@@ -4,7 +4,8 @@
 
 Magnitude, the same share of each layer: what is timed is the model, not its wit. Each sparse model is
 compared with the dense one in float32 first: the same tokens, greedily. `layers` is what the linear layers of
-the blocks alone gain by the times measured for each kind of layer, weighted by their bytes. Prompt and tokens
+the blocks alone gain by the times measured for each kind of layer, weighted by their bytes. A model whose
+values are stored as bfloat16 is measured with float32 activations, and wholly in bfloat16. Prompt and tokens
 after it, in turn, median and quartiles, in `results/sparse_text.json`.
 """
 
@@ -60,6 +61,16 @@ def run(sparsity: float, stored: torch.dtype, new: int, runs: int) -> dict[str, 
         report = runtime.bench_text(dense, fast, prompt=64, new=new, runs=runs)
         found[f"against {name}"] = report.to_dict() | {"faster": [row.speedup for row in report.rows]}
         print(sparsity, stored, name, [round(r.speedup, 2) for r in report.rows], flush=True)
+    if stored == torch.bfloat16:  # the whole model in it, activations too
+        narrow = copy.deepcopy(model).bfloat16()
+        fast = runtime.compress(narrow)
+        pairs = zip(written(fast, ids, new), written(narrow, ids, new), strict=True)
+        report = runtime.bench_text(narrow, fast, prompt=64, new=new, runs=runs)
+        found["in bfloat16"] = report.to_dict() | {
+            "faster": [row.speedup for row in report.rows],
+            "tokens equal to those of the dense one": sum(a == b for a, b in pairs) / new,
+        }
+        print(sparsity, "all bfloat16", [round(r.speedup, 2) for r in report.rows], flush=True)
     print("same tokens:", equal, "layers alone:", found["layers"], flush=True)
     return found
 

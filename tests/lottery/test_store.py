@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +141,52 @@ def test_a_digest_names_all_that_decides() -> None:
     assert describe(lambda x: x) != describe(lambda x: x + 1)
     assert describe(partial(net, 1.0)) != describe(partial(net, 2.0))
 
+    script = """
+from dataclasses import dataclass
+import math
+import torch
+
+@dataclass(frozen=True)
+class Settings:
+    width: int = 3
+
+RATE, SETTINGS, OPTIONS, LOG, count, DATA = 0.1, Settings(), {"a": 1}, [], 0, torch.zeros(2)
+
+def helper(n):
+    return n * RATE if n else train(1)
+
+class Base:
+    def size(self):
+        return 4
+
+class Net(Base):
+    def forward(self):
+        return OPTIONS, DATA
+
+def train(n):
+    global count
+    count += 1
+    LOG.append(math.pi)
+    return [helper(i) for i in range(SETTINGS.width)], Net()
+"""
+
+    def described(old: str, new: str) -> object:
+        assert old in script
+        scope: dict[str, Any] = {"__name__": "__main__"}
+        exec(script.replace(old, new), scope)
+        return describe(scope["train"])
+
+    same = described("torch", "torch")
+    for old, new in (("0.1", "0.2"), ("int = 3", "int = 4"), ('"a": 1', '"a": 2'), ("n * RATE", "n + RATE")):
+        assert described(old, new) != same, (old, new)
+    for old, new in (
+        ("torch.zeros(2)", "torch.ones(2)"),
+        ("return OPTIONS, DATA", "return DATA, OPTIONS"),
+        ("4", "5"),
+    ):
+        assert described(old, new) != same, (old, new)
+    assert described("[], 0", "[1], 5") == same  # what it writes to itself
+
     def closing(n: int) -> object:
         return lambda: n
 
@@ -167,6 +214,21 @@ def test_the_index_is_made_anew_from_the_folders(tmp_path: Path) -> None:
     gone.rename(tmp_path / "elsewhere")
     assert [r.key for r in store.all()] == [r.key for r in rows if r.key != table.rows[1].key]
     assert len(run(tmp_path)) == 2 and store.has(table.rows[1].key)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Where a training is finished beside it, an hour later; not what another process is writing now."""
+    table = Lottery(net, fit(10), levels=0, seeds=[0])(tmp_path)
+    place = Store(tmp_path).path(table.rows[0].key)
+    old, new = place.parent / ".new-old", place.parent / ".new-now"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"half")
+    os.utime(old, (time.time() - 4000,) * 2)
+    (place / "training.json").unlink()
+    Lottery(net, fit(10), levels=0, seeds=[0])(tmp_path)
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_what_is_damaged_is_said(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +26,7 @@ from secateur.masks import Masks
 
 _JOB, _INDEX = "training.json", "index.sqlite"
 _WEIGHTS, _MASKS, _STATE = "weights.safetensors", "masks.safetensors", "state.safetensors"
+_ABANDONED = 3600.0  # seconds after which an unfinished folder is that of a killed process
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS trainings (key TEXT PRIMARY KEY, branch TEXT, level INTEGER, seed INTEGER, "
     "density REAL, result TEXT, steps INTEGER, seconds REAL)"
@@ -149,6 +151,7 @@ class Store:
                 sync(place.parent)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+                _sweep(place.parent)
         self.partial(finished.key).unlink(missing_ok=True)
         self._enter(finished)
 
@@ -240,3 +243,11 @@ class Store:
                 yield connection
         finally:
             connection.close()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for left in folder.glob(".new-*"):
+        with suppress(OSError):  # another process may do the same
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
