@@ -1,5 +1,7 @@
 """Whole models with sparse layers: the same function, an honest report."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -151,3 +153,16 @@ def test_bad_settings(net):
         compress_(nn.ReLU())
     with pytest.raises(SecateurError, match=r"0 is on meta: move the model to the CPU"):
         compress_(nn.Sequential(nn.Linear(2, 2).to("meta")))
+
+
+def test_the_table_is_whole_however_long_names_are(net):
+    deep = nn.Sequential()
+    deep.add_module("a_rather_long_name_of_a_block", nn.Sequential())
+    deep.a_rather_long_name_of_a_block.add_module("and_of_a_layer_within_it", net)
+    report = compress_(deep, dtype=torch.bfloat16, measure=False)
+    timed = tuple(dataclasses.replace(r, speedup={1: 1.234, 64: 11.234}) for r in report.layers)
+    lines = str(dataclasses.replace(report, layers=timed)).splitlines()
+    table = [line for line in lines if line.startswith(("┃", "│"))]
+    assert len(table) > 4
+    assert all(line.rstrip().endswith(("┃", "│")) for line in table)
+    assert max(map(len, lines)) <= 118

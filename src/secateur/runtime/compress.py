@@ -92,8 +92,9 @@ class CompressReport:
     def __str__(self) -> str:
         table = Table(title=f"Sparse layers: kernels {self.kernels}, {self.threads} threads")
         headings = ("layers", "shape", "sparsity", "stored as", "MB", "now", "times faster, at tokens")
-        for heading, width in zip(headings, (28, None, None, None, None, None, None), strict=True):
-            table.add_column(heading, overflow="fold", min_width=width)
+        for heading in headings:
+            wraps = heading in ("layers", "stored as")
+            table.add_column(heading, overflow="fold", no_wrap=not wraps)
         for rows in _alike(self.layers):
             first = rows[0]
             names = first.name if len(rows) == 1 else f"{first.name} and {len(rows) - 1} more"
