@@ -28,7 +28,7 @@ LIBRARY = Path("src/secateur/runtime/_native.so")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-w"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt", "-mtune=znver3"]
 AVX512F = [*AVX2, "-mavx512f"]
-VBMI2 = [*AVX512F, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2"]
+VBMI2 = [*AVX512F, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi2"]
 # One file, one instruction set: dispatch is at run time.
 X86 = {
     "avx2": AVX2,

@@ -49,7 +49,7 @@ def calls_of(packed: Packed, plan: Plan | None) -> Calls:
     name, weight = native.weight(packed)
     few = native.Call(name, weight, *shape)
     unplanned = native.Call(f"{name}_many", weight, *shape)
-    if plan is None:
+    if plan is None or (plan.pairs and not native.pairs()):  # it was made on another processor
         return few, unplanned
     many = plan.call()
     many.keep, many.otherwise = plan, unplanned
