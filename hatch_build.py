@@ -89,7 +89,7 @@ def build(sources: Path, library: Path) -> None:
         files = sorted(sources.glob("*.cpp"))
         objects = [str(Path(folder) / f"{f.stem}.o") for f in files]
 
-        def compile(file: Path, made: str) -> None:
+        def compiled(file: Path, made: str) -> None:
             plain = ["-c", str(file), "-o", made]
             try:
                 _run([*command, *sets.get(file.stem, []), *plain])
@@ -99,7 +99,7 @@ def build(sources: Path, library: Path) -> None:
                 _run([*command, *plain])
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(compile, files, objects))
+            list(pool.map(compiled, files, objects))
         made = str(Path(folder) / library.name)
         link = [*command, "-shared", "-pthread", *objects, "-o", made]
         try:  # so that the library runs where the compiler's own libraries are older or missing

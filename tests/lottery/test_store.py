@@ -151,6 +151,7 @@ class Settings:
     width: int = 3
 
 RATE, SETTINGS, OPTIONS, LOG, count, DATA = 0.1, Settings(), {"a": 1}, [], 0, torch.zeros(2)
+SLOPE, MADE = 0.7, 0.8
 
 def helper(n):
     return n * RATE if n else train(1)
@@ -162,6 +163,14 @@ class Base:
 class Net(Base):
     def forward(self):
         return OPTIONS, DATA
+
+    @property
+    def slope(self):
+        return SLOPE
+
+    @classmethod
+    def made(cls):
+        return MADE
 
 def train(n):
     global count
@@ -177,7 +186,14 @@ def train(n):
         return describe(scope["train"])
 
     same = described("torch", "torch")
-    for old, new in (("0.1", "0.2"), ("int = 3", "int = 4"), ('"a": 1', '"a": 2'), ("n * RATE", "n + RATE")):
+    for old, new in (
+        ("0.1", "0.2"),
+        ("0.7", "0.6"),
+        ("0.8", "0.6"),
+        ("int = 3", "int = 4"),
+        ('"a": 1', '"a": 2'),
+        ("n * RATE", "n + RATE"),
+    ):
         assert described(old, new) != same, (old, new)
     for old, new in (
         ("torch.zeros(2)", "torch.ones(2)"),
@@ -186,6 +202,14 @@ def train(n):
     ):
         assert described(old, new) != same, (old, new)
     assert described("[], 0", "[1], 5") == same  # what it writes to itself
+
+    # Each function stands there once, however many ways lead to it.
+    ways = "def a0(): pass\ndef b0(): pass\n"
+    for i in range(1, 60):
+        ways += f"def a{i}(): return a{i - 1}(), b{i - 1}()\ndef b{i}(): return b{i - 1}(), a{i - 1}()\n"
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(ways, scope)
+    assert len(str(describe(scope["a59"]))) < 100_000
 
     def closing(n: int) -> object:
         return lambda: n

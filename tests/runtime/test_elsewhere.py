@@ -1,12 +1,9 @@
 """Kernels for processors that this machine may not have: their logic emulated, or the whole program."""
 
-import os
 import platform
 import shutil
 import struct
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,23 +11,9 @@ import torch
 
 from secateur.runtime import native
 from tests.conftest import skip_or_fail
-from tests.runtime.test_kernels import LIMITS, packings, weight_of
+from tests.runtime.test_kernels import LIMITS, SOURCES, compiled_sources, packings, run, weight_of
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "src" / "secateur" / "runtime" / "native"
 HERE = Path(__file__).parent
-
-
-def compiled_sources(compiler, flags, folder, own=lambda stem: []):
-    """Objects of all sources, with more flags for some."""
-
-    def one(source):
-        made = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, *own(source.stem), "-c", source, "-o", made], check=True)
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, sorted(SOURCES.glob("*.cpp"))))
 
 
 SETS = ("avx512bf16", "avx512vbmi2", "avx512f")
@@ -39,7 +22,8 @@ SCRIPT = """
 import os
 from pathlib import Path
 import torch
-from secateur.runtime import native
+from secateur.core.errors import SecateurError
+from secateur.runtime import Bitmask, Plan, SparseLinear, native
 native.FILE = Path({library!r})
 from tests.runtime.test_kernels import LIMITS, weight_of, worst
 for os.environ["SECATEUR_KERNELS"] in {sets}:
@@ -54,6 +38,17 @@ for os.environ["SECATEUR_KERNELS"] in {sets}:
         errors = worst(weight, tokens, dtype, seed, threads=1 + seed % 2)
         assert max(errors.values()) < LIMITS[dtype], (native.kernels(), rows, columns, tokens, dtype, errors)
     print(native.kernels(), sum("pairs" in name for name in errors))
+    if native.pairs():
+        packed = Bitmask.pack(weight, dtype=torch.bfloat16)
+        foreign = Plan.of(packed, pairs=True)
+# Where no kernel takes pairs, theirs are not read as something else, and none are made.
+x = torch.ones(60, weight.shape[1]).bfloat16()
+expected = SparseLinear(packed, None, None, 0)(x)
+assert torch.equal(SparseLinear(packed, None, foreign, 0)(x), expected)
+try:
+    Plan.of(packed, pairs=True)
+except SecateurError as error:
+    print(error)
 """
 
 
@@ -72,23 +67,15 @@ def emulated(folder, extra=()):
     return library
 
 
-def run(script, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
-
-
 def check_emulated(folder, cases, flags=(), **environment):
     if "avx2" not in native.usable():
         pytest.skip("AVX-512 is emulated on processors with AVX2.")
     script = SCRIPT.format(library=str(emulated(folder, flags)), cases=cases, sets=SETS)
     done = run(script, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["avx512bf16 3", "avx512vbmi2 0", "avx512f 0"]  # kernels for pairs
+    *kernels, refusal = done.stdout.splitlines()
+    assert kernels == ["avx512bf16 3", "avx512vbmi2 0", "avx512f 0"]  # and how many for pairs
+    assert refusal == "Kernels avx512f and values in torch.bfloat16 allow no plan of pairs."
 
 
 def test_avx512_emulated(compiled, tmp_path):

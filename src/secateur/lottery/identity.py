@@ -29,10 +29,10 @@ def describe(value: Any) -> Any:
     What else they may read (files, lists, objects that change) is not seen, nor what they write themselves;
     give an experiment another name when that changes.
     """
-    return _describe(value, frozenset())
+    return _describe(value, set())
 
 
-def _describe(value: Any, seen: frozenset[int]) -> Any:
+def _describe(value: Any, seen: set[int]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, bytes):
@@ -54,9 +54,9 @@ def _describe(value: Any, seen: frozenset[int]) -> Any:
         parts = {"of": value.func, "args": value.args, "with": value.keywords}
         return {name: _describe(part, seen) for name, part in parts.items()}
     if inspect.isroutine(value) or isinstance(value, type):
-        if id(value) in seen:  # it calls itself, or is called by what it calls
+        if id(value) in seen:  # it stands in full where it was met first
             return _name(value)
-        seen |= {id(value)}
+        seen.add(id(value))
         known = {"of": _name(value), "source": _source(value), "defaults": _describe(_defaults(value), seen)}
         return known | {"closes over": _closure(value, seen), "reads": _reads(value, seen)}
     return {"of": _name(type(value)), "is": repr(value)} if _says_what_it_is(value) else _name(type(value))
@@ -86,7 +86,7 @@ def _source(value: Any) -> str | None:
         return hashlib.sha256(own.encode()).hexdigest() if own else None
 
 
-def _closure(value: Any, seen: frozenset[int]) -> dict[str, Any]:
+def _closure(value: Any, seen: set[int]) -> dict[str, Any]:
     value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
     names = getattr(getattr(value, "__code__", None), "co_freevars", ())
     found = {}
@@ -101,7 +101,7 @@ def _closure(value: Any, seen: frozenset[int]) -> dict[str, Any]:
     return found
 
 
-def _reads(value: Any, seen: frozenset[int]) -> dict[str, Any]:
+def _reads(value: Any, seen: set[int]) -> dict[str, Any]:
     """What a function, or the methods of a class, read from their module and from others of its package."""
     found: dict[str, Any] = {}
     package = _package(value)
@@ -112,22 +112,25 @@ def _reads(value: Any, seen: frozenset[int]) -> dict[str, Any]:
         found |= {f"base {_name(base)}": _describe(base, seen) for base in own}
     for function in _functions(value):
         names, attributes = _names(function.__code__)
-        for name in names & function.__globals__.keys():
+        for name in sorted(names & function.__globals__.keys()):
             content = function.__globals__[name]
             inside = {name: content}
             if inspect.ismodule(content) and content.__name__.partition(".")[0] == package:
-                inside = {f"{name}.{n}": getattr(content, n) for n in attributes if hasattr(content, n)}
+                inside = {
+                    f"{name}.{n}": getattr(content, n) for n in sorted(attributes) if hasattr(content, n)
+                }
             for known, one in inside.items():
                 theirs = inspect.isfunction(one) or isinstance(one, type)
                 if _is_setting(one) or isinstance(one, Tensor) or (theirs and _package(one) == package):
                     found[known] = _describe(one, seen)
-    return dict(sorted(found.items()))
+    return found
 
 
 def _functions(value: Any) -> list[FunctionType]:
     """A function, or the methods of a class, as they were written."""
     found = vars(value).values() if isinstance(value, type) else [value]
-    unwrapped = [inspect.unwrap(getattr(f, "__func__", f)) for f in found if callable(f)]
+    inner = [getattr(f, "__func__", getattr(f, "fget", f)) for f in found]  # of methods and properties
+    unwrapped = [inspect.unwrap(f) for f in inner if callable(f)]
     return [f for f in unwrapped if isinstance(f, FunctionType)]
 
 

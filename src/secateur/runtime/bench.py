@@ -19,7 +19,7 @@ from secateur.measure import as_call
 from secateur.printing import printed
 from secateur.progress import track
 from secateur.runtime import native
-from secateur.runtime.choose import Choice, choose
+from secateur.runtime.choose import Choice, choose, formats
 from secateur.runtime.linear import SparseLinear
 
 
@@ -188,9 +188,9 @@ def advise(
     with torch.no_grad():
         layer.weight.normal_(0, columns**-0.5, generator=generator)
         layer.weight *= torch.rand(rows, columns, generator=generator) >= sparsity
-    return choose(
-        layer, layer.weight.detach(), None, None, dtype=stored or dtype, tokens=tuple(tokens), plan=plan
-    )
+    weight, kind = layer.weight.detach(), stored or dtype
+    tried = formats(weight, kind)
+    return choose(layer, weight, None, None, dtype=kind, tokens=tuple(tokens), plan=plan, tried=tried)
 
 
 def _pair(dense: nn.Module, sparse: nn.Module, runs: int) -> tuple[nn.Module, nn.Module]:

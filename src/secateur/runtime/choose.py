@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from secateur.runtime import native
 from secateur.runtime.formats import Bitmask, Blocks, Indexed, Packed
 from secateur.runtime.formats.blocks import ROWS, in_blocks
+from secateur.runtime.formats.common import MOST_COLUMNS
 from secateur.runtime.linear import NEVER, SparseConv1x1, SparseLinear
 from secateur.runtime.plan import Plan
 
@@ -88,6 +89,7 @@ def choose(
     dtype: torch.dtype,
     tokens: Sequence[int],
     plan: bool,
+    tried: Sequence[str],
 ) -> Choice | None:
     """The fastest format, judged by the worst of `tokens`; None where no kernel can hold the layer.
 
@@ -99,11 +101,12 @@ def choose(
         dtype: of the packed values.
         tokens: how many tokens (positions of an image) come at once.
         plan: whether the layout for many tokens may be kept.
+        tried: formats, as `formats` gives them.
     """
     found = []
-    for format in formats(weight, dtype):
+    pairs = paired(weight.dtype, dtype)
+    for format in tried:
         packed = pack(weight, format, dtype)
-        pairs = paired(weight.dtype, dtype)
         made = Plan.of(packed, pairs) if plan and native.library() is not None else None
         switch = _switch(packed, bias, made, stride, dense)
         layer = layer_of(packed, bias, made, switch, stride)
@@ -141,7 +144,7 @@ def example(dense: nn.Module, columns: int, tokens: int, stride: tuple[int, int]
 
 def formats(weight: Tensor, dtype: torch.dtype) -> list[str]:
     """Those that are worth a trial for a weight [N, K] with values of this type."""
-    if dtype == torch.int8 or weight.shape[1] > 2**16:
+    if dtype == torch.int8 or weight.shape[1] > MOST_COLUMNS:
         return ["bitmask"]
     keep = weight != 0
     kept = int(keep.sum())

@@ -241,7 +241,14 @@ def _converted(
                 known[key] = None
             else:
                 known[key] = choose(
-                    layer.module, weight, layer.bias, layer.stride, dtype=stored, tokens=tokens, plan=plan
+                    layer.module,
+                    weight,
+                    layer.bias,
+                    layer.stride,
+                    dtype=stored,
+                    tokens=tokens,
+                    plan=plan,
+                    tried=tried,
                 )
         choice = known[key]
         if choice is None:

@@ -13,9 +13,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.errors import SecateurError
-from secateur.runtime.formats.common import TAIL, check_buffer, check_indices, check_shape, prepared, unsound
-from secateur.runtime.formats.indexed import DTYPES, MOST_COLUMNS
+from secateur.runtime.formats.common import (
+    TAIL,
+    check_buffer,
+    check_indices,
+    check_shape,
+    columns_of,
+    indices_of,
+    prepared,
+    unsound,
+)
+from secateur.runtime.formats.indexed import DTYPES
 
 ROWS = 16  # of a block, which is one column wide
 
@@ -60,12 +68,12 @@ class Blocks:
         """
         weight, keep, dtype = prepared(weight, keep, dtype, DTYPES)
         rows, columns = weight.shape
-        if columns > MOST_COLUMNS:
-            raise SecateurError(f"Indices count up to {MOST_COLUMNS} columns; the weight has {columns}.")
         blocks = in_blocks(keep).any(-1)
         values = in_blocks((weight * keep).to(dtype))[blocks].flatten()
         starts = F.pad(blocks.sum(1, dtype=torch.int64).cumsum(0), (1, 0))
-        return cls((rows, columns), blocks.nonzero()[:, 1].to(torch.int16), F.pad(values, (0, TAIL)), starts)
+        return cls(
+            (rows, columns), indices_of(blocks.nonzero()[:, 1], columns), F.pad(values, (0, TAIL)), starts
+        )
 
     def unpack(self, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
         """The dense matrix."""
@@ -73,7 +81,7 @@ class Blocks:
         counts = self.starts.diff()
         dense = self.values.new_zeros(len(counts), columns, ROWS)
         group = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        dense[group, self.columns.to(torch.int64) & (MOST_COLUMNS - 1)] = self.values[:-TAIL].view(-1, ROWS)
+        dense[group, columns_of(self.columns)] = self.values[:-TAIL].view(-1, ROWS)
         flat = dense.transpose(1, 2).reshape(-1, columns)[:rows].contiguous()
         return flat if dtype is None else flat.to(dtype)
 

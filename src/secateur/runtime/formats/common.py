@@ -12,6 +12,7 @@ from secateur.core.errors import ArtifactError, NonFiniteError, SecateurError
 
 TAIL = 64  # readable entries after the last value: a kernel loads whole vectors
 LARGEST = 2**31  # rows or columns
+MOST_COLUMNS = 2**16  # that an index of 16 bits can tell apart
 
 
 @runtime_checkable
@@ -82,6 +83,21 @@ def check_shape(name: str, shape: tuple[int, int], values: Tensor) -> None:
         raise unsound(name, f"its values have shape {tuple(values.shape)}")
 
 
+def indices_of(columns: Tensor, count: int) -> Tensor:
+    """Columns of `count` as int16, the bits of unsigned numbers, which torch cannot pickle.
+
+    Raises `SecateurError` for too many.
+    """
+    if count > MOST_COLUMNS:
+        raise SecateurError(f"Indices count up to {MOST_COLUMNS} columns; the weight has {count}.")
+    return columns.to(torch.int16)  # the low 16 bits
+
+
+def columns_of(indices: Tensor) -> Tensor:
+    """The columns that `indices_of` wrote."""
+    return indices.to(torch.int64) & (MOST_COLUMNS - 1)
+
+
 def check_indices(name: str, indices: Tensor, starts: Tensor, columns: int) -> None:
     """Raise `ArtifactError` unless int16 columns rise within each row, are inside, and are as many as said.
 
@@ -90,7 +106,7 @@ def check_indices(name: str, indices: Tensor, starts: Tensor, columns: int) -> N
     kept = indices.numel()
     if int(starts[0]) != 0 or int(starts[-1]) != kept or bool((starts.diff() < 0).any()):
         raise unsound(name, "its offsets do not rise from 0 to the number of values")
-    column = indices.to(torch.int64) & 0xFFFF
+    column = columns_of(indices)
     if kept and int(column.max()) >= columns:
         raise unsound(name, f"it has a column {int(column.max())} of {columns}")
     rises = column.diff() > 0

@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.errors import SecateurError
-from secateur.runtime.formats.common import TAIL, check_buffer, check_indices, check_shape, prepared, unsound
+from secateur.runtime.formats.common import (
+    TAIL,
+    check_buffer,
+    check_indices,
+    check_shape,
+    columns_of,
+    indices_of,
+    prepared,
+    unsound,
+)
 
-MOST_COLUMNS = 2**16
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -56,9 +63,7 @@ class Indexed:
         """
         weight, keep, dtype = prepared(weight, keep, dtype, DTYPES)
         rows, columns = weight.shape
-        if columns > MOST_COLUMNS:
-            raise SecateurError(f"Indices count up to {MOST_COLUMNS} columns; the weight has {columns}.")
-        indices = keep.nonzero()[:, 1].to(torch.int16)  # the low 16 bits
+        indices = indices_of(keep.nonzero()[:, 1], columns)
         starts = F.pad(keep.sum(1, dtype=torch.int64).cumsum(0), (1, 0))
         values = F.pad(weight.to(dtype)[keep], (0, TAIL))
         return cls((rows, columns), indices, values, starts)
@@ -68,7 +73,7 @@ class Indexed:
         dense = self.values.new_zeros(self.shape)
         counts = self.starts.diff()
         row = torch.arange(self.shape[0], device=counts.device).repeat_interleave(counts)
-        dense[row, self.indices.to(torch.int64) & (MOST_COLUMNS - 1)] = self.values[:-TAIL]
+        dense[row, columns_of(self.indices)] = self.values[:-TAIL]
         return dense if dtype is None else dense.to(dtype)
 
     def check(self, name: str = "the weight") -> None:

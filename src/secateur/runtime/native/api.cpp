@@ -233,7 +233,9 @@ SECATEUR_EXPORT const char* secateur_usable(int32_t i) {
 SECATEUR_EXPORT void secateur_bitmask_linear(const Bitmask* w, int64_t width, const void* x, int64_t tokens,
                                              int32_t type, const float* bias, void* y, int32_t threads) {
     const int64_t groups = (w->rows + ROWS - 1) / ROWS;
-    linear(*w, chosen()->bitmask, chosen()->input(w->type, type), width, groups, w->starts[groups], x, tokens, type, bias, y, threads);
+    const Kernels& isa = *chosen();
+    linear(*w, isa.bitmask, isa.input(w->type, type), width, groups, w->starts[groups], x, tokens, type, bias, y,
+           threads);
 }
 
 SECATEUR_EXPORT void secateur_indexed_linear(const Indexed* w, int64_t width, const void* x, int64_t tokens,
@@ -251,7 +253,9 @@ SECATEUR_EXPORT void secateur_blocks_linear(const Blocks* w, int64_t width, cons
 SECATEUR_EXPORT void secateur_dense_linear(const Dense* w, int64_t width, const void* x, int64_t tokens, int32_t type,
                                            const float* bias, void* y, int32_t threads) {
     const int64_t groups = (w->rows + ROWS - 1) / ROWS;
-    linear(*w, chosen()->dense, chosen()->input(w->type, type), width, groups, w->rows * w->columns, x, tokens, type, bias, y, threads);
+    const Kernels& isa = *chosen();
+    linear(*w, isa.dense, isa.input(w->type, type), width, groups, w->rows * w->columns, x, tokens, type, bias, y,
+           threads);
 }
 
 // Whether plans of PAIRS can be used.

@@ -172,10 +172,6 @@ void turn(const float* const rows[LANES], float* to) {
     }
 }
 
-}  // namespace
-
-namespace {
-
 // Entry k of a token of x: a number, or a pair of bfloat16.
 float entry_of(const void* x, int32_t type, int64_t width, int64_t token, int64_t k) {
     if (type == F32) return static_cast<const float*>(x)[token * width + k];

@@ -14,26 +14,18 @@ namespace {
 // The expansions are done in place: with another destination, even one whose lanes are zeroed, they wait on some
 // processors (Zen 4) for what was in it before.
 #if defined(SECATEUR_EMULATED)
-#define SECATEUR_EXPAND(name, type, mask_type) \
+#define SECATEUR_EXPAND(name, instruction, type, mask_type) \
     inline type expand_##name(type v, mask_type mask) { return _mm512_maskz_expand_##name(mask, v); }
-#define SECATEUR_EXPAND_ps SECATEUR_EXPAND(ps, __m512, uint16_t)
-#define SECATEUR_EXPAND_epi32 SECATEUR_EXPAND(epi32, __m512i, uint16_t)
-#define SECATEUR_EXPAND_epi16 SECATEUR_EXPAND(epi16, __m512i, uint32_t)
-#define SECATEUR_EXPAND_epi8 SECATEUR_EXPAND(epi8, __m512i, uint64_t)
 #else
-#define SECATEUR_EXPAND(name, instruction, type, mask_type, wide_mask)                              \
-    inline type expand_##name(type v, mask_type mask) {                                             \
-        asm(instruction " %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(static_cast<wide_mask>(mask)));       \
-        return v;                                                                                   \
+#define SECATEUR_EXPAND(name, instruction, type, mask_type)                \
+    inline type expand_##name(type v, mask_type mask) {                    \
+        asm(instruction " %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(mask));      \
+        return v;                                                          \
     }
-#define SECATEUR_EXPAND_ps SECATEUR_EXPAND(ps, "vexpandps", __m512, uint16_t, __mmask16)
-#define SECATEUR_EXPAND_epi32 SECATEUR_EXPAND(epi32, "vpexpandd", __m512i, uint16_t, __mmask16)
-#define SECATEUR_EXPAND_epi16 SECATEUR_EXPAND(epi16, "vpexpandw", __m512i, uint32_t, __mmask32)
-#define SECATEUR_EXPAND_epi8 SECATEUR_EXPAND(epi8, "vpexpandb", __m512i, uint64_t, __mmask64)
 #endif
 
-SECATEUR_EXPAND_ps
-SECATEUR_EXPAND_epi32
+SECATEUR_EXPAND(ps, "vexpandps", __m512, uint16_t)
+SECATEUR_EXPAND(epi32, "vpexpandd", __m512i, uint16_t)
 
 inline __m512i sixteen(const uint16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -128,8 +120,8 @@ struct Batch : Avx512 {
     }
 };
 
-inline void planned_f32(const Plan& w, const float* panels, int64_t tokens, const Output& out, int64_t first, int64_t last,
-                 float* sums) {
+inline void planned_f32(const Plan& w, const float* panels, int64_t tokens, const Output& out, int64_t first,
+                        int64_t last, float* sums) {
     planned_by<Batch>(w, panels, tokens, out, first, last, sums);
 }
 

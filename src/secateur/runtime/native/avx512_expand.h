@@ -5,8 +5,8 @@
 namespace secateur {
 namespace {
 
-SECATEUR_EXPAND_epi16
-SECATEUR_EXPAND_epi8
+SECATEUR_EXPAND(epi16, "vpexpandw", __m512i, uint32_t)
+SECATEUR_EXPAND(epi8, "vpexpandb", __m512i, uint64_t)
 
 // 32 bfloat16 by one expansion: even columns, moved to the tops of the lanes, then odd ones. x is dealt out alike.
 struct BfloatSteps : Avx512 {

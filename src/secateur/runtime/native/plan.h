@@ -57,24 +57,21 @@ struct Block {
         const int64_t entry = column / Kind::PER_ENTRY;
         kept[row][entry / 64] |= uint64_t{1} << (entry % 64);
     }
-    // The mask of `width` columns from `column` on.
+    // The mask of some columns, at most 64, from `column` on.
     void mark(int64_t row, int64_t column, uint64_t word) {
         if (Kind::PER_ENTRY == 2) word = even_bits(word | word >> 1);
         const int64_t entry = column / Kind::PER_ENTRY;
         kept[row][entry / 64] |= word << (entry % 64);
     }
-    // In columns that rise, after all marks of the block were cleared and before any is set.
+    // In columns that rise: the second of a pair joins the first.
     void put(int64_t row, int64_t column, typename Kind::value value) {
         auto& to = values[row][column / Kind::PER_ENTRY];
-        if (Kind::PER_ENTRY == 1) {
-            to = value;
-            mark(row, column);
-            return;
+        if constexpr (Kind::PER_ENTRY == 1) to = value;
+        else {
+            const int64_t entry = column / Kind::PER_ENTRY;
+            const bool there = kept[row][entry / 64] >> (entry % 64) & 1;
+            to = (there ? to : 0) | value << (column % 2 * 16);
         }
-        const int64_t entry = column / Kind::PER_ENTRY;
-        const bool there = kept[row][entry / 64] >> (entry % 64) & 1;
-        const auto half = static_cast<typename Kind::value>(static_cast<uint32_t>(value) << (column % 2 * 16));
-        to = there ? static_cast<typename Kind::value>(static_cast<uint32_t>(to) | static_cast<uint32_t>(half)) : half;
         mark(row, column);
     }
     void clear() { std::memset(kept, 0, sizeof(kept)); }
@@ -137,28 +134,21 @@ public:
     }
 };
 
-class IndexedReader {
-    const Indexed& w;
-    int64_t rows, at[CHUNK], last[CHUNK];
+// Of weights that say the column of each entry: `Own` has each(row, column, k) for the entries of some columns.
+template <class Own, class Weight>
+class EntriesReader {
+protected:
+    const Weight& w;
 
-    // each(row, column, k) for the entries of a block of `width` columns.
-    template <class Each>
-    void entries(int64_t from, int64_t width, const Each& each) {
-        for (int64_t r = 0; r < rows; ++r)
-            for (; at[r] < last[r] && w.indices[at[r]] < from + width; ++at[r]) each(r, w.indices[at[r]] - from, at[r]);
-    }
+    explicit EntriesReader(const Weight& weight) : w(weight) {}
 
 public:
-    IndexedReader(const Indexed& weight, int64_t chunk) : w(weight) {
-        rows = least(CHUNK, w.rows - chunk * CHUNK);
-        for (int64_t r = 0; r < rows; ++r) at[r] = w.starts[chunk * CHUNK + r], last[r] = w.starts[chunk * CHUNK + r + 1];
-    }
-
     template <class Kind>
     void marks(int64_t b, Block<Kind>& block) {
         block.clear();
         const int64_t width = BLOCK * Kind::PER_ENTRY;
-        entries(b * width, width, [&](int64_t row, int64_t column, int64_t) { block.mark(row, column); });
+        static_cast<Own*>(this)->entries(
+            b * width, width, [&](int64_t row, int64_t column, int64_t) { block.mark(row, column); });
     }
 
     template <class Kind>
@@ -166,51 +156,47 @@ public:
         using V = typename Kind::value;
         block.clear();
         const int64_t width = BLOCK * Kind::PER_ENTRY;
-        entries(b * width, width, [&](int64_t row, int64_t column, int64_t k) {
+        static_cast<Own*>(this)->entries(b * width, width, [&](int64_t row, int64_t column, int64_t k) {
             if (w.type == F32) block.put(row, column, static_cast<V>(static_cast<const float*>(w.values)[k]));
             else block.put(row, column, static_cast<V>(static_cast<const uint16_t*>(w.values)[k]));
         });
     }
 };
 
-class BlocksReader {
-    static constexpr int64_t GROUPS = CHUNK / BLOCK_ROWS;
-    const Blocks& w;
-    int64_t groups, rows, at[GROUPS], last[GROUPS];
-
-    // each(row, column, k) for the entries of a block of `width` columns.
-    template <class Each>
-    void entries(int64_t from, int64_t width, const Each& each) {
-        for (int64_t g = 0; g < groups; ++g)
-            for (; at[g] < last[g] && w.indices[at[g]] < from + width; ++at[g])
-                for (int64_t r = 0; r < least(BLOCK_ROWS, rows - g * BLOCK_ROWS); ++r)
-                    each(g * BLOCK_ROWS + r, w.indices[at[g]] - from, at[g] * BLOCK_ROWS + r);
-    }
+class IndexedReader : public EntriesReader<IndexedReader, Indexed> {
+    int64_t rows, at[CHUNK], last[CHUNK];
 
 public:
-    BlocksReader(const Blocks& weight, int64_t chunk) : w(weight) {
+    IndexedReader(const Indexed& weight, int64_t chunk) : EntriesReader(weight) {
+        rows = least(CHUNK, w.rows - chunk * CHUNK);
+        for (int64_t r = 0; r < rows; ++r) at[r] = w.starts[chunk * CHUNK + r], last[r] = w.starts[chunk * CHUNK + r + 1];
+    }
+
+    template <class Each>
+    void entries(int64_t from, int64_t width, const Each& each) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (; at[r] < last[r] && w.indices[at[r]] < from + width; ++at[r]) each(r, w.indices[at[r]] - from, at[r]);
+    }
+};
+
+class BlocksReader : public EntriesReader<BlocksReader, Blocks> {
+    static constexpr int64_t GROUPS = CHUNK / BLOCK_ROWS;
+    int64_t groups, rows, at[GROUPS], last[GROUPS];
+
+public:
+    BlocksReader(const Blocks& weight, int64_t chunk) : EntriesReader(weight) {
         rows = least(CHUNK, w.rows - chunk * CHUNK);
         groups = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
         for (int64_t g = 0; g < groups; ++g)
             at[g] = w.starts[chunk * GROUPS + g], last[g] = w.starts[chunk * GROUPS + g + 1];
     }
 
-    template <class Kind>
-    void marks(int64_t b, Block<Kind>& block) {
-        block.clear();
-        const int64_t width = BLOCK * Kind::PER_ENTRY;
-        entries(b * width, width, [&](int64_t row, int64_t column, int64_t) { block.mark(row, column); });
-    }
-
-    template <class Kind>
-    void read(int64_t b, Block<Kind>& block) {
-        using V = typename Kind::value;
-        block.clear();
-        const int64_t width = BLOCK * Kind::PER_ENTRY;
-        entries(b * width, width, [&](int64_t row, int64_t column, int64_t k) {
-            if (w.type == F32) block.put(row, column, static_cast<V>(static_cast<const float*>(w.values)[k]));
-            else block.put(row, column, static_cast<V>(static_cast<const uint16_t*>(w.values)[k]));
-        });
+    template <class Each>
+    void entries(int64_t from, int64_t width, const Each& each) {
+        for (int64_t g = 0; g < groups; ++g)
+            for (; at[g] < last[g] && w.indices[at[g]] < from + width; ++at[g])
+                for (int64_t r = 0; r < least(BLOCK_ROWS, rows - g * BLOCK_ROWS); ++r)
+                    each(g * BLOCK_ROWS + r, w.indices[at[g]] - from, at[g] * BLOCK_ROWS + r);
     }
 };
 
