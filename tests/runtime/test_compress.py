@@ -1,14 +1,20 @@
 """Whole models with sparse layers: the same function, an honest report."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
 from secateur.core.errors import SecateurError, SelectionError
-from secateur.runtime import SparseConv1x1, SparseLinear, compress, compress_, native
+from secateur.runtime import (
+    CompressReport,
+    LayerReport,
+    SparseConv1x1,
+    SparseLinear,
+    compress,
+    compress_,
+    native,
+)
 from secateur.runtime.choose import Choice, formats
 from secateur.runtime.compress import MARGIN
 
@@ -155,14 +161,20 @@ def test_bad_settings(net):
         compress_(nn.Sequential(nn.Linear(2, 2).to("meta")))
 
 
-def test_the_table_is_whole_however_long_names_are(net):
-    deep = nn.Sequential()
-    deep.add_module("a_rather_long_name_of_a_block", nn.Sequential())
-    deep.a_rather_long_name_of_a_block.add_module("and_of_a_layer_within_it", net)
-    report = compress_(deep, dtype=torch.bfloat16, measure=False)
-    timed = tuple(dataclasses.replace(r, speedup={1: 1.234, 64: 11.234}) for r in report.layers)
-    lines = str(dataclasses.replace(report, layers=timed)).splitlines()
+def test_the_table_is_whole_however_long_names_are():
+    def layer(name, shape, reason, dense_bytes=163840):
+        kind = (None, "float32") if reason else ("bitmask", "bfloat16")
+        times = {} if reason.startswith("shares") else {1: 1.234, 64: 11.234}
+        return LayerReport(name, shape, 0.5, *kind, dense_bytes, 100, 0, times, 0.0, reason)
+
+    rows = (
+        layer("model.layers.0.self_attn.q_proj", (64, 64), "dense is faster"),
+        layer("lm_head", (512, 64), "shares its weight with model.embed_tokens"),
+        layer("model.layers.0.mlp.gate_proj", (4096, 4096), "", 163_840_000),
+    )
+    lines = str(CompressReport(rows, "avx2", 1)).splitlines()
     table = [line for line in lines if line.startswith(("┃", "│"))]
     assert len(table) > 4
     assert all(line.rstrip().endswith(("┃", "│")) for line in table)
     assert max(map(len, lines)) <= 118
+    assert any("4096 x 4096" in line and "1.23 at 1, 11.23 at 64" in line for line in table)
