@@ -77,3 +77,12 @@ def browser(tmp_path: Path) -> Iterator[object]:
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def compiled() -> None:
+    """The test needs compiled kernels for this processor."""
+    from secateur.runtime import native
+
+    if native.library() is None:
+        skip_or_fail("There are no compiled kernels: install a C++ compiler and the package again.")

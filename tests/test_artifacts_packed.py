@@ -167,14 +167,3 @@ def test_fuzzed_files_are_refused_or_of_the_right_shapes(tmp_path_factory, data)
         return
     for tensor in found.values():
         assert tensor.numel() < 10_000
-
-
-def test_sparse_layers_are_not_saved(tmp_path, llama):
-    fast = sc.runtime.compress(llama, measure=False)
-    with pytest.raises(
-        ArtifactError, match=r"q_proj is a sparse layer, packed for this machine: save the pruned"
-    ):
-        sc.save(fast, tmp_path)
-    model, _ = pruned(torch.float32)
-    with pytest.raises(ArtifactError, match=r"2 is a sparse layer"):
-        sc.save(sc.runtime.compress(model, measure=False), tmp_path)

@@ -31,6 +31,22 @@ def test_a_language_model(folder, tmp_path, run, capsys):
     assert [r["tokens"] for r in found["measured"]["rows"]] == [4, 1]
 
 
+def test_the_sparse_model_is_saved(tmp_path, run, capsys, compiled):
+    folder, sizes = tmp_path / "pruned", {"hidden_size": 512, "intermediate_size": 2048}  # large: sparse wins
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, num_attention_heads=4, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    sc.prune_(model, sc.Magnitude(), 0.95)
+    sc.save(model, folder)
+    options = ["--prompt", 4, "--new", 2, "--runs", 1, "--dtype", "int8"]
+    assert run("bench", folder, *options, "--save", tmp_path / "fast") == 0
+    assert f"The sparse model is in {tmp_path / 'fast'}" in " ".join(capsys.readouterr().out.split())
+    fast = sc.load(tmp_path / "fast")
+    layers = [m for m in fast.modules() if isinstance(m, sc.runtime.SparseLinear)]
+    assert {m.packed.values.dtype for m in layers} == {torch.int8}
+    assert run("bench", tmp_path / "fast") == 1
+    assert "holds a model with sparse layers: give the dense one" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import secateur as sc
 from secateur.core.errors import ArtifactError
-from secateur.lottery import Lottery, Store, TicketTable
+from secateur.lottery import Fit, Lottery, Store, TicketTable
 from secateur.lottery.experiment import Job
 from secateur.lottery.identity import describe
-from tests.lottery.helpers import accuracy, fit, net, noisy, train_noisy
+from tests.lottery.helpers import accuracy, fit, net, noisy, task, train_noisy
 
 SCRIPT = """
 import sys
@@ -216,6 +217,28 @@ def train(n):
 
     assert describe(closing(1)) == describe(closing(1)) != describe(closing(2))
     assert describe({"a": (1, None, 2.0)}) == {"a": [1, None, 2.0]}
+
+
+def channels_last() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 3)).to(
+        memory_format=torch.channels_last  # type: ignore[call-overload]
+    )
+
+
+def test_weights_in_another_order_of_memory(tmp_path: Path) -> None:
+    x, y = task(100)
+    images = x.repeat_interleave(5, 1).view(-1, 2, 5, 5).contiguous(memory_format=torch.channels_last)
+    train = Fit(images, y, steps=5, batch=32, test=(images, y))
+    run = Lottery(channels_last, train, levels=1, seeds=[0], controls=[sc.Twin()])
+    table = run(tmp_path)
+    store = Store(tmp_path)
+    for r in table:
+        weights, mask = store.weights(r.key), store.masks(r.key)
+        assert weights["0.weight"].is_contiguous()
+        model = channels_last()
+        model.load_state_dict(weights)
+        mask.check(model)
+        assert train.evaluate(model.eval()) == r.values
 
 
 def test_the_index_is_made_anew_from_the_folders(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_plans_count_as_memory(llama, compiled):
     fast = compress(llama, measure=False)
     for module in fast.modules():
         if isinstance(module, sc.runtime.SparseLinear):
-            module._set_plan(sc.runtime.Plan.of(module.packed))
+            module.set_plan(sc.runtime.Plan.of(module.packed))
     more = bench_text(llama, fast, prompt=2, new=1, runs=1)
     assert more.sparse_bytes > slim.sparse_bytes
 

@@ -19,7 +19,7 @@ def test_a_language_model_writes_the_same(sparsity, memory, compiled):
     if memory:
         for module in fast.modules():
             if isinstance(module, sc.runtime.SparseLinear) and sc.runtime.native.library() is not None:
-                module._set_plan(sc.runtime.Plan.of(module.packed))
+                module.set_plan(sc.runtime.Plan.of(module.packed))
     assert len(fast.compress_report.converted) > 20
     ids = torch.tensor([[1, 403, 407, 261, 378]])
     options = {"max_new_tokens": 40, "do_sample": False}

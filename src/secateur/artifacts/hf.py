@@ -27,10 +27,9 @@ from secateur.artifacts.hf_folder import (
     widest,
 )
 from secateur.artifacts.manifest import DTYPES
-from secateur.artifacts.steps import Step
+from secateur.artifacts.steps import Step, expressed
 from secateur.artifacts.tensors import first_line, listed, refuse_unsavable
 from secateur.core.errors import ArtifactError
-from secateur.surgery import Cuts
 
 # Tasks as transformers' pipelines name them, and the table of the classes that do each.
 _TASKS = {
@@ -68,7 +67,7 @@ def write_pretrained(model: Any, folder: Path, steps: Sequence[Step] = ()) -> No
         raise ArtifactError(f"{name} has adapters, of which only they would be saved: merge them first.")
     refuse_unsavable(model)
     wrong = misfit(model)
-    if steps and (wrong or not all(s.expressed if isinstance(s, Cuts) else s.config_ok for s in steps)):
+    if steps and (wrong or not all(map(expressed, steps))):
         write_cut(model, steps, float_dtypes(model), folder)
         return
     if wrong:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.artifacts.hf_folder import import_transformers
+from secateur.artifacts.sparse import Sparse
 from secateur.artifacts.steps import Dropped, Step, later_name
 from secateur.artifacts.tensors import first_line, listed, ties
 from secateur.core.errors import ArtifactError, SurgeryError
@@ -110,6 +111,8 @@ def _fields(model: nn.Module, step: Step, later: Sequence[Step]) -> Iterator[Fie
                 holder = getattr(holder, name, None)
             if _is_config(holder):
                 yield vars(holder), edit.path[-1], None, edit.old, edit.new
+        return
+    if isinstance(step, Sparse):
         return
     for attribute in reversed(step.attributes):
         module = _later(attribute.module, later)

@@ -1,4 +1,4 @@
-"""Hugging Face models that no configuration describes: the dense one is built again, and cut again.
+"""Hugging Face models that no configuration describes: the dense one is built again, and changed again.
 
 The folder holds the configuration of the dense model, the surgery, and the tensors that are left. They lie
 in `pruned.safetensors`, under the model's own names, so that plain `from_pretrained`, which would build the
@@ -34,7 +34,7 @@ from secateur.artifacts.hf_folder import (
     widest,
 )
 from secateur.artifacts.manifest import PRUNED, SURGERY, Manifest, read_json
-from secateur.artifacts.steps import Step, read_steps, replay_
+from secateur.artifacts.steps import Step, check_sparse, read_steps, ready_sparse_, replay_
 from secateur.artifacts.tensors import (
     first_line,
     read_tensors,
@@ -48,8 +48,8 @@ from secateur.core.files import write_text
 
 _NOTE = "secateur"  # the key of config.json that tells a reader what it describes
 _TEXT = (
-    "This is the configuration before structured pruning. The weights are in pruned.safetensors: load the "
-    "folder with secateur.load, which does the surgery in surgery.json again. from_pretrained cannot load it."
+    "This is the configuration of the dense model. The weights are in pruned.safetensors: load the folder "
+    "with secateur.load, which does the surgery in surgery.json again. from_pretrained cannot load it."
 )
 
 
@@ -95,11 +95,13 @@ def open_cut(folder: Path, manifest: Manifest) -> Any:
             raise
         except Exception as error:  # a configuration can be wrong in as many ways as there are architectures
             raise ArtifactError(f"transformers cannot open {folder}: {first_line(error)}") from error
+    check_sparse(steps, tensors)
     undo = replay_(model, steps, folder)
     try:
         refuse_misfit(model.state_dict(), tensors, folder, cls.__name__)
         _set(model, tensors)
         refuse_other_ties(model, manifest.tied, folder)
+        ready_sparse_(model, steps)
     except BaseException:
         undo()  # the model is given up, but calls may have been edited
         raise

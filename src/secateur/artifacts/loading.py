@@ -12,7 +12,7 @@ from secateur.artifacts.hf_cut import open_cut
 from secateur.artifacts.hf_folder import CONFIG, GENERATION, weight_files
 from secateur.artifacts.manifest import MASKS, NAME, PRUNED, SURGERY, WEIGHTS, Manifest
 from secateur.artifacts.packed import any_name, stored_name
-from secateur.artifacts.steps import read_steps, replay_
+from secateur.artifacts.steps import check_sparse, read_steps, ready_sparse_, replay_
 from secateur.artifacts.tensors import fill_, listed, read_tensors, refuse_other_ties, ties, untie
 from secateur.core.errors import ArtifactError
 from secateur.core.names import unwrap
@@ -28,7 +28,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
 
     Where structured pruning left what no configuration describes, its surgery is done again: to `model`, or
     to a Hugging Face model that is built without its dense weights, so that loading takes the memory of
-    the small one. Code that the surgery edited must be of the same version.
+    the small one. Code that the surgery edited must be of the same version. Sparse layers are put in without
+    their dense weights; a warning says so if other kernels run here than where they were measured.
 
     Args:
         folder: what `save` was given.
@@ -108,9 +109,12 @@ def _fill_saved(model: nn.Module, manifest: Manifest, masks: Masks | None, folde
     name = PRUNED if any_name(manifest.files, PRUNED) else WEIGHTS
     _refuse_unlisted(folder, [name, SURGERY] if name == PRUNED else [name], manifest)
     tensors = untie(read_tensors(folder / name), manifest.tied, folder / name)
-    undo = replay_(model, read_steps(folder / SURGERY) if SURGERY in manifest.files else (), folder)
+    steps = read_steps(folder / SURGERY) if SURGERY in manifest.files else ()
+    check_sparse(steps, tensors)
+    undo = replay_(model, steps, folder)
     try:
         fill_(model, tensors, manifest.tied, masks, folder)
+        ready_sparse_(model, steps)
     except BaseException:
         undo()
         raise

@@ -14,7 +14,8 @@ from secateur.artifacts.folder import written_at_once
 from secateur.artifacts.hf import float_dtypes, is_pretrained, write_pretrained
 from secateur.artifacts.manifest import MASKS, SURGERY, WEIGHTS, Manifest, fingerprints, is_plain_name
 from secateur.artifacts.packed import pack_file
-from secateur.artifacts.steps import Surgery, as_steps, refuse_other_surgery, write_steps
+from secateur.artifacts.sparse import Sparse
+from secateur.artifacts.steps import Step, Surgery, as_steps, refuse_other_surgery, write_steps
 from secateur.artifacts.tensors import refuse_unsavable, ties, write_tensors
 from secateur.core.errors import ArtifactError
 from secateur.core.files import write_text
@@ -72,6 +73,9 @@ def save(
     dense model, and the tensors are in `pruned.safetensors`, where `from_pretrained` does not find them. It
     raises an error, instead of making up the weights that are gone.
 
+    The same holds for a model with sparse layers, from `runtime.compress`: their packed weights are written
+    as they are, int8 too, and `load` gives the sparse model. Its zeros are in no `masks.safetensors`.
+
     Args:
         model: any module; wrappers of `torch.compile` and data parallelism are looked through.
         folder: made if it does not exist. An earlier artifact in it is replaced, other files are left alone.
@@ -92,13 +96,17 @@ def save(
     """
     model = unwrap(model)
     folder = Path(folder)
-    if masks is None and isinstance(report, Report):
+    sparse = Sparse.of(model)
+    if masks is not None and sparse is not None:
+        raise ArtifactError("masks= are of the dense model, and this one has sparse layers: leave them out.")
+    if masks is None and isinstance(report, Report) and sparse is None:
         masks = report.masks
     if masks is not None:
         masks.check(model)
     if surgery is None:
         surgery = _surgery_of(report)
-    steps = as_steps(surgery)
+    steps: tuple[Step, ...] = tuple(s for s in as_steps(surgery) if not isinstance(s, Sparse))
+    steps = steps if sparse is None else (*steps, sparse)
     refuse_other_surgery(model, steps)
     beside = list(companions(Path(source))) if source is not None else []
     pretrained = is_pretrained(model)

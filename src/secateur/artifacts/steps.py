@@ -1,4 +1,4 @@
-"""`surgery.json`: what was cut and dropped, in order, as data that is checked and never run."""
+"""`surgery.json`: what was cut, dropped and made sparse, in order, as data that is checked and never run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.artifacts.manifest import SURGERY, read_json
+from secateur.artifacts.sparse import Sparse, ready_, sparsify_
 from secateur.callsites import Edit
 from secateur.core.errors import ArtifactError, SecateurError
 from secateur.core.files import write_text
@@ -40,7 +41,7 @@ class Dropped:
     data: Mapping[str, Any]
 
 
-Step = Cuts | Dropped
+Step = Cuts | Dropped | Sparse
 Surgery = Sequence[Cuts | DropRecord] | str | os.PathLike[str]
 """What was done, in order; or a folder or file that holds it."""
 
@@ -67,7 +68,7 @@ def as_steps(surgery: Surgery) -> tuple[Step, ...]:
 
 def write_steps(steps: Iterable[Step], path: Path) -> None:
     """Write `surgery.json`."""
-    data = [{"cuts": s.to_dict()} if isinstance(s, Cuts) else {"drop": dict(s.data)} for s in steps]
+    data = [_data(step) for step in steps]
     write_text(path, json.dumps({"format": FORMAT, "steps": data}) + "\n")
     read_steps(path)  # too large a file would be refused later
 
@@ -106,8 +107,12 @@ def replay_(model: nn.Module, steps: Iterable[Step], origin: Path) -> Callable[[
 
     try:
         for step in steps:
-            applied = carry_out(model, step) if isinstance(step, Cuts) else drop_again_(model, step.data)
-            done.append(applied.undo)
+            if isinstance(step, Sparse):
+                done.append(sparsify_(model, step))
+            elif isinstance(step, Cuts):
+                done.append(carry_out(model, step).undo)
+            else:
+                done.append(drop_again_(model, step.data).undo)
     except Exception as error:  # a file can fail to fit in as many ways as there are models
         undo()
         what = f"The surgery in {origin} does not fit the {type(model).__name__}"
@@ -118,6 +123,27 @@ def replay_(model: nn.Module, steps: Iterable[Step], origin: Path) -> Callable[[
     return undo
 
 
+def expressed(step: Step) -> bool:
+    """Whether the configuration of a Hugging Face model describes what the step left."""
+    if isinstance(step, Sparse):
+        return False
+    return step.expressed if isinstance(step, Cuts) else step.config_ok
+
+
+def check_sparse(steps: Iterable[Step], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ArtifactError` unless kernels can read what was saved for sparse layers."""
+    for step in steps:
+        if isinstance(step, Sparse):
+            step.check(tensors)
+
+
+def ready_sparse_(model: nn.Module, steps: Iterable[Step]) -> None:
+    """What sparse layers need once they are filled."""
+    for step in steps:
+        if isinstance(step, Sparse):
+            ready_(model, step)
+
+
 def refuse_other_surgery(model: nn.Module, steps: Sequence[Step]) -> None:
     """Raise `ArtifactError` unless the shapes that the steps leave are those of `model`."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -125,6 +151,9 @@ def refuse_other_surgery(model: nn.Module, steps: Sequence[Step]) -> None:
         if isinstance(step, Dropped):
             moved = {later_name(name, step): shape for name, shape in shapes.items()}
             shapes = {name: shape for name, shape in moved.items() if name is not None}
+            continue
+        if isinstance(step, Sparse):
+            shapes = {n: s for n, s in shapes.items() if n.removesuffix(".weight") not in step.layers}
             continue
         for name, (before, _) in step.tensors.items():
             if shapes.get(name, before) != before:
@@ -169,6 +198,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _is_nothing(step: Step) -> bool:
+    if isinstance(step, Sparse):
+        return not step.layers
     if isinstance(step, Dropped):
         return not step.changes.cuts and not step.changes.edits
     return not (step.tensors or step.attributes or step.scales or step.edits)
@@ -179,7 +210,15 @@ def _step(data: Any) -> Step:
         return _cuts(data["cuts"])
     if isinstance(data, dict) and data.keys() == {"drop"}:
         return _dropped(data["drop"])
-    raise ArtifactError("The surgery is damaged: a step is neither cuts nor dropped blocks.")
+    if isinstance(data, dict) and data.keys() == {"sparse"}:
+        return Sparse.from_dict(data["sparse"])
+    raise ArtifactError("The surgery is damaged: a step is neither cuts nor dropped blocks nor sparse.")
+
+
+def _data(step: Step) -> dict[str, Any]:
+    if isinstance(step, Sparse):
+        return {"sparse": step.to_dict()}
+    return {"cuts": step.to_dict()} if isinstance(step, Cuts) else {"drop": dict(step.data)}
 
 
 def _cuts(data: Any) -> Cuts:

@@ -17,7 +17,6 @@ from secateur.artifacts.manifest import NAME, Ties
 from secateur.artifacts.packed import read_packed, stored_name
 from secateur.core.errors import ArtifactError
 from secateur.masks import Masks
-from secateur.runtime.linear import SparseLinear
 
 _SHOWN = 3  # names listed in a message
 
@@ -36,12 +35,6 @@ def ties(model: nn.Module) -> Ties:
 
 def refuse_unsavable(model: nn.Module) -> None:
     """Raise `ArtifactError` for a state that is not made of plain tensors with values."""
-    for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
-            raise ArtifactError(
-                f"{name} is a sparse layer, packed for this machine: save the pruned model itself, with "
-                "compressed=True if the file is to be small, and compress it again where it runs."
-            )
     for name, t in model.state_dict(keep_vars=True).items():
         # Extra state may be any Python object, which only a pickle could hold.
         if not isinstance(t, Tensor) or name.rpartition(".")[2] == "_extra_state":

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from secateur import runtime
+from secateur import artifacts, runtime
 from secateur.artifacts import load_hf
+from secateur.artifacts.manifest import SURGERY
 from secateur.cli import shared
 from secateur.cli.data import read_data
 from secateur.core.errors import SecateurError
@@ -41,6 +42,10 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch and the kernels; torch's if not given.")
     ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the sparse model, which `secateur.load` opens as it is."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the result as JSON.")] = None,
 ) -> None:
     """Make the layers of a pruned model sparse wherever that is faster here, and time both models.
@@ -54,6 +59,8 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     model, task = load_hf(model_dir)
+    if any(isinstance(m, runtime.SparseLinear) for m in model.modules()):
+        raise SecateurError(f"{model_dir} holds a model with sparse layers: give the dense one, pruned.")
     example: Any = None
     if task != "text-generation":
         if data is None:
@@ -70,6 +77,11 @@ def bench(
     else:
         found = runtime.bench(model, fast, example, runs=runs)
     shared.say(str(found))
+    if save is not None:
+        surgery = model_dir if (model_dir / SURGERY).is_file() else None
+        artifacts.save(fast, save, surgery=surgery, source=model_dir)
+        size = sum(path.stat().st_size for path in save.glob("*.safetensors"))
+        shared.say(f"The sparse model is in {save}: {size / 1e6:.1f} MB of tensors.")
     if out is not None:
         result = {"compressed": compressed.to_dict(), "measured": found.to_dict()}
         write_text(out, json.dumps(result, indent=1) + "\n")

@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -134,7 +135,7 @@ class Store:
             new = Path(tempfile.mkdtemp(dir=place.parent, prefix=".new-"))
             try:
                 if weights is not None:
-                    save_file({n: t.detach().cpu().clone() for n, t in weights.items()}, new / _WEIGHTS)
+                    save_file({n: _plain(t) for n, t in weights.items()}, new / _WEIGHTS)
                     sync(new / _WEIGHTS)
                 if masks is not None:
                     masks.save(new / _MASKS)
@@ -251,3 +252,8 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):  # another process may do the same
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(left)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy in row-major order, which files have: channels last, for one, is another."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -115,8 +115,8 @@ class CompressReport:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer that may become sparse."""
+class Candidate:
+    """A layer that may become sparse; `stride` is that of a convolution."""
 
     name: str
     module: nn.Module
@@ -162,7 +162,7 @@ def compress_(
     if not memory >= 0:
         raise SecateurError(f"memory=... is a fraction of the dense weights' bytes; got {memory}.")
     model = unwrap(model)
-    found = (_layer(name, module) for name, module in model.named_modules())
+    found = (candidate(name, module) for name, module in model.named_modules())
     seen = [layer for layer in found if layer is not None]
     if not seen:
         raise SelectionError("The model has no linear layer and no convolution of 1 x 1.")
@@ -195,7 +195,7 @@ def compress(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def _converted(
-    layer: _Layer,
+    layer: Candidate,
     model: nn.Module,
     dtype: torch.dtype | None,
     tokens: tuple[int, ...],
@@ -277,17 +277,18 @@ def _converted(
     return report, sparse
 
 
-def _layer(name: str, module: nn.Module) -> _Layer | None:
+def candidate(name: str, module: nn.Module) -> Candidate | None:
+    """The layer, if it is one that a sparse one can stand for."""
     bias = getattr(module, "bias", None)
     bias = bias.detach() if isinstance(bias, Tensor) else None
     if type(module) is nn.Linear:
-        return _Layer(name, module, module.weight.detach(), bias, None)
+        return Candidate(name, module, module.weight.detach(), bias, None)
     if is_hf_conv1d(module):
         weight: Tensor = module.weight.detach().T  # type: ignore[operator]
-        return _Layer(name, module, weight, bias, None)
+        return Candidate(name, module, weight, bias, None)
     if _is_pointwise(module):
         stride = (module.stride[0], module.stride[1])
-        return _Layer(name, module, module.weight.detach().flatten(1), bias, stride)
+        return Candidate(name, module, module.weight.detach().flatten(1), bias, stride)
     return None
 
 
@@ -297,7 +298,7 @@ def _is_pointwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return module.padding in ((0, 0), "valid")
 
 
-def _least(layer: _Layer, dtype: torch.dtype | None) -> float:
+def _least(layer: Candidate, dtype: torch.dtype | None) -> float:
     """Bytes that the weight takes without a plan, about."""
     weight, kept = layer.weight, int(layer.weight.count_nonzero())
     if weight.dtype not in DTYPES or kept > (1 - LEAST) * weight.numel():
@@ -313,7 +314,7 @@ def _plan_bytes(weight: Tensor, sparsity: float, stored: torch.dtype) -> float:
     return 1.05 * weight.numel() * ((1 - sparsity) * value + (1 - sparsity**2) / 2)
 
 
-def _refused(layer: _Layer, model: nn.Module) -> str:
+def _refused(layer: Candidate, model: nn.Module) -> str:
     """Why this layer cannot be replaced; empty if it can."""
     if not layer.name:
         return "it is the whole model: put it into a module"

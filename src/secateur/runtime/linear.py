@@ -47,7 +47,7 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, buffer)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.switch = switch
-        self._set_plan(plan)
+        self.set_plan(plan)
         self._calls: tuple[tuple[tuple[int, int], ...], Calls, Packed] | None = None
 
     @property
@@ -85,7 +85,8 @@ class SparseLinear(nn.Module):
             f"bias={self.bias is not None}, {kind}, {dtype}, sparsity={1 - density:.1%}"
         )
 
-    def _set_plan(self, plan: Plan | None) -> None:
+    def set_plan(self, plan: Plan | None) -> None:
+        """Use this layout for many tokens, made from `packed`, or none."""
         self._plan = plan
         self._planned = tuple(_state(self._buffers[name]) for name in self._names)  # that it was made of
         self._plan_buffers = [] if plan is None else list(plan.buffers())
@@ -103,7 +104,7 @@ class SparseLinear(nn.Module):
             if self._plan is not None and self._planned != state:
                 usable = native.library() is not None and packed.values.device.type == "cpu"
                 pairs = self._plan.pairs and native.pairs()
-                self._set_plan(Plan.of(packed, pairs) if usable else None)
+                self.set_plan(Plan.of(packed, pairs) if usable else None)
             self._calls = (state, calls_of(packed, self._plan), packed)
         return self._calls[1:]
 
