@@ -204,7 +204,7 @@ def cell(N: int, K: int, sparsity: float, pattern: str, tokens: int, rounds: int
     best = min(statistics.median(c.seconds) for c in contenders if c.dense and " int" not in c.name)
     rows = []
     for c in contenders:
-        low, median, high = statistics.quantiles(c.seconds, n=4)
+        low, median, high = statistics.quantiles(c.seconds, n=4, method="inclusive")
         rows.append(
             {"shape": f"{N}x{K}", "sparsity": sparsity, "tokens": tokens, "threads": torch.get_num_threads()}
             | {

@@ -112,3 +112,15 @@ def test_shrink_huggingface(tmp_path: Path, data_root: Path) -> None:
     )
     assert len(figures) == 3 and float(figures["without units"]) < float(figures["dense"]) + 0.5
     assert "Once upon a time" in printed
+
+
+@pytest.mark.realdata("stories260k", "tinyshakespeare")
+def test_sparse_cpu(tmp_path: Path, data_root: Path) -> None:
+    text = data_root / "tinyshakespeare" / "input.txt"
+    (tmp_path / "text.txt").write_text(text.read_text()[:20_000])
+    printed = run(tmp_path, "sparse_cpu.py", data_root / "stories260k", "text.txt", 0.9)
+    assert "each token after it" in printed and "Once upon a time" in printed
+    sizes = re.search(r"dense (.*) MB, pruned (.*) MB, fast (.*) MB", printed)
+    assert sizes is not None
+    dense, pruned, fast = map(float, sizes.groups())
+    assert pruned < 0.5 * dense and fast <= 1.1 * dense

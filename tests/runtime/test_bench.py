@@ -27,7 +27,8 @@ def llama():
 
 def test_spread_is_median_and_quartiles():
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 1)
-    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == Spread(4.0, 2.0, 6.0, 7)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == Spread(4.0, 2.5, 5.5, 7)
+    assert Spread.of([1.0, 9.0]) == Spread(5.0, 3.0, 7.0, 2)  # never beyond what was measured
 
 
 def test_a_forward_pass():

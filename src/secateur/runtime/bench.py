@@ -35,7 +35,10 @@ class Spread:
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
         """Of at least one measurement."""
-        low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        # "inclusive": quartiles within what was measured, of two runs too.
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, low, high, len(seconds))
 
 
