@@ -38,4 +38,5 @@ def megabytes(of: str) -> float:
     return sum(path.stat().st_size for path in Path(of).glob("*.safetensors")) / 1e6
 
 
-print(f"dense {megabytes(folder):.1f} MB, pruned {megabytes('pruned'):.1f} MB, fast {megabytes('fast'):.1f} MB")
+sizes = {"dense": megabytes(folder), "pruned": megabytes("pruned"), "fast": megabytes("fast")}
+print(", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()))

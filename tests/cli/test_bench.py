@@ -31,20 +31,22 @@ def test_a_language_model(folder, tmp_path, run, capsys):
     assert [r["tokens"] for r in found["measured"]["rows"]] == [4, 1]
 
 
-def test_the_sparse_model_is_saved(tmp_path, run, capsys, compiled):
-    folder, sizes = tmp_path / "pruned", {"hidden_size": 512, "intermediate_size": 2048}  # large: sparse wins
-    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, num_attention_heads=4, **sizes)
-    model = transformers.LlamaForCausalLM(config).eval()
-    sc.prune_(model, sc.Magnitude(), 0.95)
-    sc.save(model, folder)
-    options = ["--prompt", 4, "--new", 2, "--runs", 1, "--dtype", "int8"]
+def test_the_sparse_model_is_saved(folder, tmp_path, run, capsys):
+    options = ["--prompt", 4, "--new", 2, "--runs", 1, "--dtype", "int8", "--no-measure"]
     assert run("bench", folder, *options, "--save", tmp_path / "fast") == 0
     assert f"The sparse model is in {tmp_path / 'fast'}" in " ".join(capsys.readouterr().out.split())
     fast = sc.load(tmp_path / "fast")
     layers = [m for m in fast.modules() if isinstance(m, sc.runtime.SparseLinear)]
     assert {m.packed.values.dtype for m in layers} == {torch.int8}
-    assert run("bench", tmp_path / "fast") == 1
-    assert "holds a model with sparse layers: give the dense one" in " ".join(capsys.readouterr().err.split())
+    for command in ("bench", "inspect"):
+        assert run(command, tmp_path / "fast") == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert "holds a model with sparse layers: give the dense one" in said
+    text = tmp_path / "text.txt"
+    text.write_text("what is read one block at a time needs weights that transformers finds")
+    options = ["--method", "alps", "--sparsity", 0.5, "--data", text, "--out", tmp_path / "no"]
+    assert run("prune", tmp_path / "fast", *options) == 1
+    assert "pruned.safetensors, which secateur.load alone opens" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.artifacts.manifest import DTYPES, WEIGHTS, is_plain_name, read_json
+from secateur.artifacts.manifest import DTYPES, PRUNED, WEIGHTS, is_plain_name, read_json
 from secateur.artifacts.packed import stored_name
 from secateur.artifacts.tensors import first_line, listed, read_tensors
 from secateur.core.errors import ArtifactError
@@ -96,6 +96,11 @@ def weight_files(folder: Path) -> list[str]:
         raise ArtifactError(
             f"{folder} has its weights only as a pickle ({listed(pickles)}), which can run code when opened: "
             "where you trust it, convert it to safetensors with transformers' save_pretrained."
+        )
+    if (folder / stored_name(folder, PRUNED)).is_file():
+        raise ArtifactError(
+            f"The weights in {folder} are in {PRUNED}, which secateur.load alone opens: no configuration "
+            "describes this model."
         )
     raise ArtifactError(f"{folder} has no weights: {_FOLDER}.")
 

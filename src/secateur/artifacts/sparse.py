@@ -115,7 +115,7 @@ def ready_(model: nn.Module, step: Sparse) -> None:
         warnings.warn(
             f"The layers were made sparse where kernels {step.kernels} run; here {here} do, for which "
             "nothing was measured: `secateur.runtime.compress` the pruned model here to know what is faster.",
-            stacklevel=4,  # the caller of load or load_hf
+            stacklevel=5,  # the caller of load, or load
         )
     for name, layer in step.layers.items():
         sparse = model.get_submodule(name)

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from secateur.artifacts import load_hf
 from secateur.cli import choices, shared
 from secateur.cli.data import read_data
 from secateur.cli.options import Also, Exclude, Include, PatternText, where_of
@@ -67,7 +66,7 @@ def allocate(
     """Measure how much each layer bears, at the same total; the model is loaded whole and not changed."""
     if out.suffix != ".json" or out.is_dir():
         raise SecateurError(f"--out is a .json file, for --allocation of `secateur prune`; got {out}.")
-    model, task = load_hf(model_dir)
+    model, task = shared.open_dense(model_dir)
     read = read_data(data, model_dir, model, task, samples, length, data_seed, pack)
     settings: dict[str, Any] = {
         "batches": read.batches,

@@ -11,7 +11,6 @@ import typer
 import secateur
 from secateur import demo as job
 from secateur import pages
-from secateur.artifacts import load_hf
 from secateur.cli import choices
 from secateur.cli.allocate import allocate
 from secateur.cli.bench import bench
@@ -20,7 +19,7 @@ from secateur.cli.evaluate import evaluate
 from secateur.cli.options import Also, Exclude, Include, MethodName, PatternText, where_of
 from secateur.cli.prune import prune
 from secateur.cli.run import run as run_recipe
-from secateur.cli.shared import FORMATS, Folder, Length, Samples, Seed, console, say
+from secateur.cli.shared import FORMATS, Folder, Length, Samples, Seed, console, open_dense, say
 from secateur.cli.shrink import shrink
 from secateur.cli.tickets import app as tickets
 from secateur.core.errors import SecateurError
@@ -69,7 +68,7 @@ def inspect(
     also: Also = None,
 ) -> None:
     """Show how the weights of each layer are distributed, and what is zero already."""
-    model, _ = load_hf(model_dir)
+    model, _ = open_dense(model_dir)
     found = inspect_model(model, where_of(include, exclude, also))
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
@@ -111,7 +110,7 @@ def sensitivity(
 ) -> None:
     """Prune one layer at a time and measure the loss: which layers bear it, and which do not."""
     grid = _numbers(sparsities)
-    model, task = load_hf(model_dir)
+    model, task = open_dense(model_dir)
     read = read_data(data, model_dir, model, task, samples, length)
     if read.loss is None:
         raise SecateurError(

@@ -10,7 +10,6 @@ import torch
 import typer
 
 from secateur import artifacts, runtime
-from secateur.artifacts import load_hf
 from secateur.artifacts.manifest import SURGERY
 from secateur.cli import shared
 from secateur.cli.data import read_data
@@ -35,6 +34,9 @@ def bench(
         str | None,
         typer.Option(help="Of the stored values: float32, bfloat16 or int8; the model's if not given."),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Whether layers are timed; else every one with 30 % zeros becomes sparse.")
+    ] = True,
     data: shared.DataFile = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt of a language model.")] = 64,
     new: Annotated[int, typer.Option(help="Tokens that it writes after it.")] = 32,
@@ -58,16 +60,15 @@ def bench(
     counts = _counts(tokens)
     if threads is not None:
         torch.set_num_threads(threads)
-    model, task = load_hf(model_dir)
-    if any(isinstance(m, runtime.SparseLinear) for m in model.modules()):
-        raise SecateurError(f"{model_dir} holds a model with sparse layers: give the dense one, pruned.")
+    model, task = shared.open_dense(model_dir)
     example: Any = None
     if task != "text-generation":
         if data is None:
             raise SecateurError(f"A model for {task} writes no text: give it examples, --data FILE.")
         batch = read_data(data, model_dir, model, task, 1, 128).batches[0]
         example = {k: v for k, v in batch.items() if k != "labels"}
-    fast = runtime.compress(model, tokens=counts, memory=memory, dtype=DTYPES[dtype] if dtype else None)
+    stored = DTYPES[dtype] if dtype else None
+    fast = runtime.compress(model, tokens=counts, memory=memory, dtype=stored, measure=measure)
     compressed: runtime.CompressReport = fast.compress_report  # type: ignore[assignment]
     shared.say(str(compressed))
     if not compressed.converted:

@@ -200,7 +200,7 @@ def _measured(asked: _Asked, open_: Callable[[Path], Any]) -> tuple[Data, float]
 
 def _whole(asked: _Asked, why: str | None) -> None:
     """The model in memory."""
-    model, task = load_hf(asked.model_dir)
+    model, task = shared.open_dense(asked.model_dir)
     calibration = asked.calibrate(asked.data, model=model, task=task) if asked.data else None
     held_out = asked.read(asked.evaluate, model=model, task=task) if asked.evaluate else None
     before = inspect_model(model, asked.where)

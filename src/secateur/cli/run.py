@@ -13,7 +13,7 @@ import typer
 from torch import nn
 
 from secateur import pages, recipe
-from secateur.artifacts import load_hf, save
+from secateur.artifacts import save
 from secateur.budget import Budget
 from secateur.cli import shared
 from secateur.cli.data import Data, example_input, overlap_note, read_data
@@ -69,7 +69,7 @@ def run(
     asked = recipe.load(file).filled(model=model, data=data, evaluate=evaluate, out=out)
     assert asked.model is not None and asked.data is not None and asked.out is not None
     shared.check_out(asked.model, asked.out)
-    network, task = load_hf(asked.model)
+    network, task = shared.open_dense(asked.model)
     read = partial(
         read_data, folder=asked.model, model=network, task=task, samples=asked.samples, length=asked.length
     )

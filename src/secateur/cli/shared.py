@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from secateur.artifacts import load_hf
 from secateur.cli.data import Data, mean_loss
 from secateur.core.errors import SecateurError
+from secateur.runtime import SparseLinear
 
 console = Console()
 
@@ -46,6 +48,14 @@ Seed = Annotated[int, typer.Option(help="Of random criteria and probes.")]
 def say(text: str) -> None:
     """Print a line as it is."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def open_dense(model_dir: Path) -> tuple[nn.Module, str]:
+    """As `load_hf`, for commands that look at weights or change them."""
+    model, task = load_hf(model_dir)
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise SecateurError(f"{model_dir} holds a model with sparse layers: give the dense one, pruned.")
+    return model, task
 
 
 def check_out(model_dir: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from secateur.artifacts import load_hf, save
+from secateur.artifacts import save
 from secateur.budget import Budget
 from secateur.cli import choices, shared
 from secateur.cli.data import Data, example_input, overlap_note, read_data
@@ -92,7 +92,7 @@ def shrink(
     budget = _budget(params, macs, memory, seconds, batch, context)
     if budget is None and not drop_layers:
         raise SecateurError("Say how small: one of --params, --macs, --memory, --seconds, or --drop-layers.")
-    model, task = load_hf(model_dir)
+    model, task = shared.open_dense(model_dir)
     example = example_input(model)
     if example is None:
         raise SecateurError(
