@@ -10,7 +10,7 @@ from typing import Any
 from secateur.inspection import Inspection, LayerInspection
 from secateur.layerwise import Sensitivity
 from secateur.measure import Measurement
-from secateur.record import Report, cost_rows
+from secateur.record import Change, Report, cost_rows
 from secateur.report import Section, Table, compact, number, percent, render, size
 from secateur.report.figures import Histogram, Series, curves, grouped_bars, heat, histograms, layer_bars
 
@@ -29,7 +29,7 @@ def prune_page(report: Report, before: Inspection | None = None, after: Inspecti
     ]
     sections = [layers_section(report), sizes_section(report.before, report.after)]
     if report.history:
-        sections.insert(0, history_section(report))
+        sections.insert(0, history_section(report.history))
     if before is not None:
         sections.append(weights_section(before, after))
     sections.append(
@@ -157,9 +157,8 @@ def sizes_section(before: Measurement, after: Measurement) -> Section:
     )
 
 
-def history_section(report: Report) -> Section:
+def history_section(changes: Sequence[Change]) -> Section:
     """Sparsity asked and had at each change of the masks while training, in all and by layer."""
-    changes = report.history
     steps = [change.step for change in changes]
     asked = Series("asked", steps, [change.asked for change in changes], dashed=True)
     had = Series("all layers", steps, [change.sparsity for change in changes])

@@ -8,7 +8,7 @@ from typing import Any
 from secateur.dropped import DropReport
 from secateur.measure import Measurement
 from secateur.operators import OperatorTime
-from secateur.pages import footer
+from secateur.pages import footer, history_section
 from secateur.report import Section, Table, compact, percent, render
 from secateur.report.figures import grouped_bars, layer_bars
 from secateur.shrunk import GroupRecord, ShrinkReport
@@ -25,6 +25,8 @@ def shrink_page(report: ShrinkReport) -> str:
     sections = [_cost_section(before, after), _time_section(report), _groups_section(report)]
     if report.repairs:
         sections.append(_repair_section(report))
+    if report.history:
+        sections.insert(0, history_section(report.history))
     sections += [_proof_section(report), _frozen_section(report), _how_section(report)]
     return render("Structured pruning report", _sentence(report), facts, sections, footer(report.versions))
 
@@ -33,10 +35,8 @@ def _sentence(report: ShrinkReport) -> str:
     cut = [g for g in report.groups if g.kept < g.size]
     units = sum(g.size - g.kept for g in cut)
     kinds = ", ".join(sorted({g.kind for g in cut})) or "nothing"
-    return (
-        f"{units:,} units ({kinds}) were removed from every tensor that depends on them. Asked: "
-        f"{report.settings['budget']}."
-    )
+    chosen = "Training closed them" if report.history else f"Asked: {report.settings['budget']}"
+    return f"{units:,} units ({kinds}) were removed from every tensor that depends on them. {chosen}."
 
 
 def _cost_section(before: Measurement, after: Measurement) -> Section:

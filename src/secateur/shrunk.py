@@ -23,7 +23,7 @@ from secateur.operators import OperatorTime, operator_times, vector_width, why_n
 from secateur.printing import printed
 from secateur.reconstruct import RepairReport
 from secateur.reconstruct.worth import Gain
-from secateur.record import versions
+from secateur.record import Change, versions
 from secateur.surgery import Cuts, as_data, save_cuts
 
 _FROZEN = 3  # reasons that the terminal names
@@ -89,6 +89,7 @@ class ShrinkReport:
         notes: what a reader must know.
         seconds: of the whole call.
         cuts: the surgery of each step, as data.
+        history: of the training that chose the units, if one did.
     """
 
     settings: Mapping[str, str]
@@ -110,6 +111,7 @@ class ShrinkReport:
     cuts: tuple[Cuts, ...] = field(repr=False)
     take_back: Callable[[], None] = field(repr=False, compare=False)
     versions: Mapping[str, str] = field(default_factory=versions)
+    history: tuple[Change, ...] = ()
 
     def undo(self) -> None:
         """Give the model its old tensors back: the very same objects, with the values that they had."""
@@ -142,6 +144,7 @@ class ShrinkReport:
             "seconds": dict(self.seconds),
             "versions": dict(self.versions),
             "surgery": as_data(self.cuts),
+            **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -64,6 +64,10 @@ def test_shipped_recipes_run_and_keep_their_promise(
     if file.stem == "heads_and_neurons":
         dense = sum(p.numel() for p in sc.load_hf(speaker)[0].parameters())
         assert report["after"]["parameters"] == sum(p.numel() for p in model.parameters()) < 0.9 * dense
+        asked_for = [change["asked"] for change in report["history"]]
+        assert len(asked_for) > 2 and asked_for == sorted(asked_for)
+        page = (out / "report.html").read_text()
+        assert "While training" in page and "Training closed them." in page
         return
     promised = {"gradual": 0.7, "movement": 0.9, "one_shot_then_tune": 0.5, "dynamic": 0.8, "acdc": 0.8}
     goal = promised.get(file.stem, 0.6)

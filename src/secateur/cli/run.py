@@ -100,7 +100,7 @@ def run(
             report = method.report()
     assert report is not None
     if isinstance(method, UnitMethod | GroupLasso):
-        report = _shrunk(network, method)
+        report = replace(_shrunk(network, method), history=method.history)
     notes = [*given.notes, overlap_note(given, held_out)]
     if held_out is not None:
         notes.append(shared.loss_note(asked.evaluate, task, old, shared.loss_of(network, held_out)))
