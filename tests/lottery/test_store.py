@@ -219,6 +219,29 @@ def train(n):
     assert describe({"a": (1, None, 2.0)}) == {"a": [1, None, 2.0]}
 
 
+def test_a_program_has_the_digests_of_the_module(tmp_path: Path) -> None:
+    """Run with `-m`, it sees the package that it belongs to."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "nets.py").write_text("def width():\n    return 3\n")
+    (package / "main.py").write_text(
+        "from secateur.lottery.identity import describe, digest\nfrom mine.nets import width\n"
+        "def make():\n    return width()\nif __name__ == '__main__':\n    print(digest(describe(make)))\n"
+    )
+
+    def said(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    first = said("-m", "mine.main")
+    assert said("-c", "from mine import main as m; print(m.digest(m.describe(m.make)))") == first
+    (package / "nets.py").write_text("def width():\n    return 4\n")
+    assert said("-m", "mine.main") != first
+
+
 def channels_last() -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 3)).to(
         memory_format=torch.channels_last  # type: ignore[call-overload]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import CodeType, FunctionType
@@ -70,9 +71,17 @@ def digest(data: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    module, name = getattr(value, "__module__", "") or "", getattr(value, "__qualname__", repr(value))
-    # A script's functions keep their identity when it is imported.
+    module, name = _module(value), getattr(value, "__qualname__", repr(value))
     return name if module == "__main__" else f"{module}.{name}"
+
+
+def _module(value: Any) -> str:
+    """Where a function or class is from; the same whether its module is imported or run with `python -m`."""
+    module = getattr(value, "__module__", None) or ""
+    if module == "__main__":
+        spec = getattr(sys.modules.get(module), "__spec__", None)
+        return module if spec is None else str(spec.name)
+    return str(module)
 
 
 def _source(value: Any) -> str | None:
@@ -166,7 +175,7 @@ def _is_setting(value: Any) -> bool:
 
 
 def _package(value: Any) -> str:
-    return (getattr(value, "__module__", None) or "").partition(".")[0]
+    return _module(value).partition(".")[0]
 
 
 def _is_plain(value: Any) -> bool:
