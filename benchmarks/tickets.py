@@ -174,11 +174,12 @@ def resnet_table(data: dict[str, Any]) -> None:
         lines.append(f"| {where} | {100 * row['left']:.1f} % | {100 * row['accuracy']:.2f} | {barrier} |")
     lines += [
         "",
-        "So short a training ends far from its limit. What it shows of the literature: trained from the",
-        "initialisation, two copies of the dense network part (a barrier); from the later step they stay in one",
-        "valley, at every density. What it does not show: that late rewinding is needed for accuracy. A ticket",
-        "rewound to the initialisation is trained for all steps, one rewound later only for the rest, and each",
-        "round adds to the masks what another training has found; far from convergence both outweigh the rest.",
+        "So short a training ends far from its limit. What it shows of the literature: trained from",
+        "the initialisation, two copies of the dense network part (a barrier); from the later step",
+        "they stay in one valley, at every density. What it does not show: that late rewinding is",
+        "needed for accuracy. A ticket rewound to the initialisation is trained for all steps, one",
+        "rewound later only for the rest, and each round adds to the masks what another training has",
+        "found; far from convergence both outweigh the rest.",
     ]
     (RESULTS / "tickets_resnet.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
