@@ -35,6 +35,10 @@ def test_the_sparse_model_is_saved(folder, tmp_path, run, capsys):
     options = ["--prompt", 4, "--new", 2, "--runs", 1, "--dtype", "int8", "--no-measure"]
     assert run("bench", folder, *options, "--save", tmp_path / "fast") == 0
     assert f"The sparse model is in {tmp_path / 'fast'}" in " ".join(capsys.readouterr().out.split())
+    kept = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert run("bench", folder, "--save", folder) == 1
+    assert "is the model's own folder: choose another" in " ".join(capsys.readouterr().err.split())
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == kept
     fast = sc.load(tmp_path / "fast")
     layers = [m for m in fast.modules() if isinstance(m, sc.runtime.SparseLinear)]
     assert {m.packed.values.dtype for m in layers} == {torch.int8}

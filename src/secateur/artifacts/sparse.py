@@ -30,7 +30,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PLANS = ("none", "columns", "pairs")
-_WIDEST = 8  # bytes of an entry of a buffer
+_ROOM = 8  # entries of a buffer, over those of the weight: columns are padded to whole groups
 _FIELDS = ("shape", "group", "buffers", "bias", "stride", "plan", "switch")
 
 
@@ -151,7 +151,7 @@ def _is_sound(layer: Mapping[str, Any]) -> bool:
     if not _are_counts([layer["group"], layer["switch"]]) or layer["switch"] > NEVER:
         return False
     # No buffer of any format is larger: who names a small layer gets no large memory.
-    most = _WIDEST * (math.prod(shape) + 256 * sum(shape) + TAIL) + 2**16
+    most = _ROOM * (math.prod(shape) + 256 * sum(shape) + TAIL) + 2**16
     return all(_is_buffer(b, most) for b in buffers.values())
 
 

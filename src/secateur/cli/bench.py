@@ -58,6 +58,8 @@ def bench(
     if dtype is not None and dtype not in DTYPES:
         raise SecateurError(f"--dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
     counts = _counts(tokens)
+    if save is not None:
+        shared.check_out(model_dir, save)
     if threads is not None:
         torch.set_num_threads(threads)
     model, task = shared.open_dense(model_dir)

@@ -61,7 +61,7 @@ def open_dense(model_dir: Path) -> tuple[nn.Module, str]:
 def check_out(model_dir: Path, out: Path) -> None:
     """Before hours of work, not after."""
     if out.resolve() == model_dir.resolve():
-        raise SecateurError("--out is the model's own folder: choose another, the original is kept.")
+        raise SecateurError(f"{out} is the model's own folder: choose another, the original is kept.")
     if out.is_file() or _is_foreign(out):
         raise SecateurError(
             f"{out} exists and holds something else than a pruned model: choose another folder."
