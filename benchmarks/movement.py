@@ -26,14 +26,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import secateur as sc
 from benchmarks import realdata
 from benchmarks.realdata.evaluate import evaluating
 from benchmarks.realdata.sentences import PAD, sentence_ids
+from secateur.core.files import replacing
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS, CACHE = Path(__file__).parent / "results", Path(__file__).parent / "cache"
 FILE, TABLE = RESULTS / "movement.jsonl", RESULTS / "movement.md"
 EPOCHS, BATCH, RATE = 10, 16, 1e-4
 KEY = ("part", "method", "sparsity", "teacher", "seed", "epochs", "rate")
@@ -165,10 +167,17 @@ def accuracy(model: nn.Module, part: str) -> float:
 
 @cache
 def dense(seed: int, rate: float) -> Classifier:
-    """The network without pruning, which teaches the others."""
+    """The network without pruning, which teaches the others; kept in `benchmarks/cache`."""
     torch.manual_seed(seed)
     model = Classifier()
+    path = CACHE / f"banking77-{EPOCHS}-{rate}-{seed}.safetensors"
+    if path.is_file():
+        load_model(model, path)
+        return model.eval()
     train(model, seed, rate)
+    CACHE.mkdir(exist_ok=True)
+    with replacing(path) as temporary:
+        save_model(model, str(temporary))
     return model
 
 
@@ -188,6 +197,7 @@ def run(method: str, sparsity: float, taught: bool, seed: int, part: str, rate: 
         "accuracy": accuracy(model, part),
         "removed": pruning.masks.sparsity,
         "seconds": round(time.perf_counter() - started, 1),
+        "notes": list(pruning.report().notes[1:]),
     }
 
 

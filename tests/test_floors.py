@@ -18,7 +18,7 @@ FLOORS = [
     "prune oneshot levels layerwise shrink shrunk dropped scoring selection reconstruct layers stream "
     "training lottery int8 lora fisher",
     "runtime artifacts checkpoint report pages shrink_page ticket_page integrations",
-    "recipe cli demo ticket_demo testing __init__ __main__",
+    "recipe recipe_schema cli demo ticket_demo testing __init__ __main__",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PLAIN_FLOORS = (0, 1)  # pure functions of tensors

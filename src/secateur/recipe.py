@@ -17,6 +17,7 @@ from typing import Any
 from secateur import allocation, criteria, patterns, schedules, solvers, training
 from secateur.core.errors import SecateurError
 from secateur.core.names import Where
+from secateur.prune import prune_
 from secateur.stream.tuning import Reconstruct
 
 ALLOCATIONS: dict[str, Any] = {
@@ -37,6 +38,11 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
         *(training.Phases, training.phases, Where),
     )
 }
+
+# Arguments of theirs that are texts of their own, not names of constructors.
+TEXTS = frozenset({"hidden", "kinds"})
+# What a run brings itself.
+BROUGHT = frozenset({"model", "graph", "batches", "loss", "stats", "example", "student", "teacher"})
 
 METHODS: dict[str, type[training.Method]] = {
     f.__name__: f
@@ -174,11 +180,13 @@ def of(data: Any) -> Recipe:
         _check_numbers(given)
         data["train"] = Training(**given)
         if data["train"].method is not None:
-            _method_of(data["train"].method)
+            _check_method(data["train"].method)
         elif data.get("prune") is None:
             raise SecateurError("The recipe trains, but nothing prunes: add prune:, or a method to train:.")
     if data.get("prune") is not None:
-        built("prune", _mapping("prune", data["prune"]))
+        given = _mapping("prune", data["prune"])
+        _check_keys("prune", given, [n for n in inspect.signature(prune_).parameters if n not in BROUGHT])
+        built("prune", given)
     return Recipe(**data)
 
 
@@ -190,7 +198,9 @@ def built(where: str, given: Any) -> Any:
     entry by entry, other values as they are.
     """
     if isinstance(given, str):
-        return _named(where, given)() if given not in ALLOCATIONS else ALLOCATIONS[given]
+        if given in ALLOCATIONS:
+            return ALLOCATIONS[given]
+        return call(f"{where}.{given}", _named(where, given), None)
     if isinstance(given, dict):
         if len(given) == 1 and (name := next(iter(given))) in CONSTRUCTORS:
             return call(f"{where}.{name}", CONSTRUCTORS[name], given[name])
@@ -209,8 +219,8 @@ def call(where: str, f: Callable[..., Any], given: Any, **more: Any) -> Any:
         if f is allocation.custom:
             args = (dict(given),)
         else:
-            _check_keys(where, given, names)
-            kwargs = {k: v if plain else built(f"{where}.{k}", v) for k, v in given.items()}
+            _check_keys(where, given, [name for name in names if name not in BROUGHT])
+            kwargs = {k: v if plain or k in TEXTS else built(f"{where}.{k}", v) for k, v in given.items()}
             kwargs = {k: tuple(v) if plain and isinstance(v, list) else v for k, v in kwargs.items()}
     elif isinstance(given, list):
         args = tuple(built(where, value) for value in given)
@@ -254,6 +264,16 @@ def _method_of(given: Any) -> tuple[str, dict[str, Any]]:
     raise SecateurError(
         f"train.method is one of {', '.join(METHODS)} with its settings, as a mapping; got {given!r}."
     )
+
+
+def _check_method(given: Any) -> None:
+    """Names and settings, before a model is loaded."""
+    name, settings = _method_of(given)
+    where = f"train.method.{name}"
+    _check_keys(where, settings, [n for n in inspect.signature(METHODS[name]).parameters if n not in BROUGHT])
+    for key, value in settings.items():
+        if key not in TEXTS:
+            built(f"{where}.{key}", value)
 
 
 def _named(where: str, name: str) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.inspection import inspect as inspect_model
 from secateur.layerwise import sensitivity as scan_layers
+from secateur.recipe_schema import recipe_schema
 from secateur.report.figures import save as save_figure
 
 app = typer.Typer(
@@ -90,6 +91,21 @@ app.command()(shrink)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command("run")(run_recipe)
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
+) -> None:
+    """Print the JSON Schema of recipes: with it editors complete and check them while they are written."""
+    text = json.dumps(recipe_schema(), indent=1)
+    if out is None:
+        print(text)
+        return
+    write_text(out, text + "\n")
+    say(f"Written: {out}. First line of a recipe: # yaml-language-server: $schema={out}")
+
+
 app.add_typer(tickets, name="tickets")
 
 
