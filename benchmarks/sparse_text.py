@@ -6,7 +6,7 @@ Magnitude, the same share of each layer: what is timed is the model, not its wit
 compared with the dense one in float32 first: the same tokens, greedily. `layers` is what the linear layers of
 the blocks alone gain by the times measured for each kind of layer, weighted by their bytes. A model whose
 values are stored as bfloat16 is measured with float32 activations, and wholly in bfloat16. Prompt and tokens
-after it, in turn, median and quartiles, in `results/sparse_text.json`.
+after it, in turn, median and quartiles, in `results/sparse_text.json`; rows of other models stay there.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def run(sparsity: float, stored: torch.dtype, new: int, runs: int) -> dict[str, 
         pairs = zip(written(fast, ids, new), written(narrow, ids, new), strict=True)
         report = runtime.bench_text(narrow, fast, prompt=64, new=new, runs=runs)
         found["in bfloat16"] = report.to_dict() | {
+            "layers": {n: layers_alone(fast.compress_report, n) for n in (1, 64)},  # type: ignore[arg-type]
             "faster": [row.speedup for row in report.rows],
             "tokens equal to those of the dense one": sum(a == b for a, b in pairs) / new,
         }
@@ -92,6 +93,12 @@ def main() -> None:
         for s in arguments.sparsities
         for stored in arguments.stored
     ]
+    made = [(row["sparsity"], row["stored"]) for row in rows]
+    old = json.loads(FILE.read_text())["rows"] if FILE.is_file() else []
+    rows = sorted(
+        [row for row in old if (row["sparsity"], row["stored"]) not in made] + rows,
+        key=lambda row: (row["sparsity"], row["stored"]),
+    )
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {runtime.kernels()}, torch {torch.__version__}"
     FILE.write_text(
         json.dumps({"machine": machine, "threads": arguments.threads, "rows": rows}, indent=1) + "\n"
