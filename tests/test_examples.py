@@ -43,6 +43,7 @@ def test_huggingface(tmp_path: Path, data_root: Path) -> None:
 
 
 @pytest.mark.realdata("stories260k", "tinystories")
+@pytest.mark.slow
 def test_sparse_finetune(tmp_path: Path, data_root: Path) -> None:
     texts = json.loads((data_root / "tinystories" / "stories.json").read_text())
     (tmp_path / "texts.json").write_text(json.dumps(texts[:150]))
@@ -56,6 +57,7 @@ def test_sparse_finetune(tmp_path: Path, data_root: Path) -> None:
     assert (tmp_path / "tuned" / "masks.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_train_digits(tmp_path: Path) -> None:
     printed = run(tmp_path, "train_digits.py").splitlines()
     accuracy = {line[:34].strip(): float(line.split()[-1]) for line in printed}
@@ -70,6 +72,7 @@ def test_train_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata("stories260k", "tinystories")
+@pytest.mark.slow
 def test_train_huggingface(tmp_path: Path, data_root: Path) -> None:
     texts = json.loads((data_root / "tinystories" / "stories.json").read_text())
     (tmp_path / "texts.json").write_text(json.dumps(texts[:250]))
@@ -81,6 +84,7 @@ def test_train_huggingface(tmp_path: Path, data_root: Path) -> None:
     assert "Once upon a time" in printed and (tmp_path / "pruned" / "masks.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_tickets(tmp_path: Path) -> None:
     printed = run(tmp_path, "tickets.py")
     last = [float(cell.split()[0]) for cell in re.findall(r"[\d.]+ ±", printed.splitlines()[-3])]
@@ -91,6 +95,7 @@ def test_tickets(tmp_path: Path) -> None:
         assert (tmp_path / "tickets" / name).is_file()
 
 
+@pytest.mark.slow
 def test_shrink_digits(tmp_path: Path) -> None:
     printed = run(tmp_path, "shrink_digits.py")
     figures = dict(
@@ -103,6 +108,7 @@ def test_shrink_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata("stories260k", "tinyshakespeare")
+@pytest.mark.slow
 def test_shrink_huggingface(tmp_path: Path, data_root: Path) -> None:
     text = data_root / "tinyshakespeare" / "input.txt"
     (tmp_path / "text.txt").write_text(text.read_text()[:20_000])

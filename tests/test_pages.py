@@ -48,7 +48,7 @@ MAKERS = [prune_page, inspect_page, sensitivity_page]
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("make", [*MAKERS, demo_page])
+@pytest.mark.parametrize("make", [*MAKERS, pytest.param(demo_page, marks=pytest.mark.slow)])
 def test_the_console_is_silent_and_every_picture_is_there(
     browser: Any, net: nn.Module, tmp_path: Path, make: Callable[[nn.Module], str]
 ) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of layers that
 def words(tmp_path: Path) -> Path:
     """Texts for the model that knows words w3 to w63."""
     g = torch.Generator().manual_seed(0)
-    texts = [" ".join(f"w{i}" for i in torch.randint(3, 63, (24,), generator=g).tolist()) for _ in range(40)]
+    texts = [" ".join(f"w{i}" for i in torch.randint(3, 63, (24,), generator=g).tolist()) for _ in range(16)]
     file = tmp_path / "texts.json"
     file.write_text(json.dumps(texts))
     return file
@@ -123,7 +123,14 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("method", LONG)
+# The others' states are tested without the command, and in `make test-all` with it.
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in ("none", "Gradual", "UnitMovement") else pytest.param(m, marks=pytest.mark.slow)
+        for m in LONG
+    ],
+)
 def test_the_same_command_goes_on_bit_by_bit(
     method: str, speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(
 
 
 @pytest.mark.realdata(STORIES, "tinystories")
+@pytest.mark.slow
 def test_a_real_model_stays_good(data_root: Path, tmp_path: Path, run: Run) -> None:
     stories = json.loads((data_root / "tinystories" / "stories.json").read_text())
     train, test = tmp_path / "train.json", tmp_path / "test.json"

@@ -140,6 +140,7 @@ def test_what_lm_eval_cannot_do_is_one_sentence(
         assert shown.startswith("Error:") and said in shown, (name, shown)
 
 
+@pytest.mark.slow
 def test_an_unknown_task_of_lm_eval(llama: Path, run: Run, capsys: Capture) -> None:
     assert run("eval", llama, "--tasks", "arc_esay,piqa") == 1
     shown = capsys.readouterr().err

@@ -177,6 +177,7 @@ def test_pages_show_all_there_is(tmp_path: Path) -> None:
         ticket_page(TicketTable((odd,)))
 
 
+@pytest.mark.slow
 def test_the_demo_is_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from secateur.ticket_demo import experiment
 

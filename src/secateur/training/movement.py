@@ -30,6 +30,10 @@ class Soft:
     matrix, averaged over matrices. How much is removed on the way is an outcome; at the end of the schedule
     the scores are ranked over all layers and the masks have the asked sparsity. At least `floor` of each
     matrix stays on the way.
+
+    The defaults are the paper's, for some ten thousand steps. A shorter training brings fewer scores below
+    the threshold; what it lacks then goes at once in the end, which costs accuracy, and the report says how
+    much that was. A larger `strength` removes more on the way.
     """
 
     threshold: float = 0.1
