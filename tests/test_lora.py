@@ -505,6 +505,7 @@ def test_language_models(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata("stories260k", "tinystories")
+@pytest.mark.slow
 def test_the_page_runs(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its snippets one after the other, with a few stories."""
     monkeypatch.chdir(tmp_path)

@@ -35,6 +35,7 @@ def test_resnet20_keeps_more_after_repair_than_after_plain_removal() -> None:
 
 
 @pytest.mark.realdata("minilm_l6", "stsb")
+@pytest.mark.slow
 def test_minilm_without_a_fifth_of_its_heads() -> None:
     encoder = realdata.minilm()
     model = realdata.StsModel(encoder)

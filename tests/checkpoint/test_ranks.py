@@ -155,7 +155,7 @@ def test_fewer_batches_than_processes_are_refused_by_each(pruned: Path) -> None:
         assert "fewer batches than processes (2)" in (pruned / f"few-{rank}").read_text()
 
 
-@pytest.mark.parametrize("batch", [1, 3], ids=["first", "later"])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)], ids=["first", "later"])
 def test_bad_data_of_one_process_ends_all(batch: int, folder: Path) -> None:
     done = launched(2, folder, "bad", f"bad-{batch}", batch)
     assert done.returncode != 0

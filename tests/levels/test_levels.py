@@ -397,6 +397,7 @@ def test_a_file_that_is_no_allocation_is_refused(tmp_path: Path, wrong: str) -> 
 
 
 @pytest.mark.realdata("stories260k", "tinystories")
+@pytest.mark.slow
 def test_searched_shares_beat_uniform_ones_on_stories_that_were_not_seen(data_root: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
