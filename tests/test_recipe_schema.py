@@ -9,8 +9,11 @@ from typing import Any, get_type_hints
 
 import jsonschema
 import pytest
+import torch
 import yaml
+from torch import nn
 
+import secateur as sc
 from secateur import recipe
 from secateur.cli import app
 from secateur.core.errors import SecateurError
@@ -94,3 +97,19 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out) == SCHEMA
     app(["schema", "--out", str(tmp_path / "s.json")], standalone_mode=False)
     assert json.loads((tmp_path / "s.json").read_text()) == SCHEMA
+
+
+def test_kinds_and_hidden_are_taken_as_they_are_written() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    settings = {"schedule": {"one_shot": {"sparsity": 0.5, "at": 3}}, "kinds": ["neurons"]}
+    method = recipe.method_of({"UnitMovement": settings}, model, graph=sc.Graph.trace(model, x))
+    assert isinstance(method, sc.UnitMovement) and method.kinds == ("neurons",)
+
+    teacher = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    given: dict[str, Any] = {"weight": 0.0, "hidden": {"0": "0"}, "hidden_weight": 1.0}
+    with recipe.call("train.distill", sc.Distill, given, student=model, teacher=teacher) as distill:
+        output = model(x)
+        loss = distill(torch.zeros(()), output)
+    expected = (model[0](x) - teacher[0](x)).square().sum() / teacher[0](x).square().sum()
+    torch.testing.assert_close(loss, expected)
