@@ -36,6 +36,7 @@ GOOD = [
     "train: {steps: 5, method: {Movement: {schedule: {one_shot: {sparsity: 0.5, at: 3}}, soft: Soft}}}",
     "train: {steps: 5, method: {ACDC: {criterion: Magnitude, sparsity: 0.9, phases: {Phases: [1, 2, 4]}}}}",
     "train: {steps: 5, method: {Regularize: {penalty: {L1: 0.1}}}, distill: {hidden: {a: b}}}",
+    "{prune: {criterion: Magnitude, sparsity: 0.5}, train: {steps: 5, method: null, distill: null}}",
     "train: {steps: 5, method: {Dynamic: {rule: RigL, sparsity: 0.9, end: 4, when: {every: 2}}}}",
 ]
 BAD = [
@@ -46,6 +47,7 @@ BAD = [
     "train: {steps: 5, rates: 1}",
     "train: {steps: five}",
     "train: {steps: 5, method: Gradual}",
+    "{prune: {criterion: Magnitude, sparsity: 0.5}, train: {steps: 5, distill: {wieght: 0.5}}}",
     "train: {steps: 5, method: {Gradul: {}}}",
     "train: {steps: 5, method: {Gradual: {criterion: Magnitude, shedule: 3}}}",
     "prune: {criterion: Magnitud, sparsity: 0.5}",

@@ -178,6 +178,8 @@ def of(data: Any) -> Recipe:
         if "steps" not in given:
             raise SecateurError("train: needs steps, the number of optimizer steps.")
         _check_numbers(given)
+        if given.get("distill") is not None:
+            _check_keys("train.distill", _mapping("train.distill", given["distill"]), names(training.Distill))
         data["train"] = Training(**given)
         if data["train"].method is not None:
             _check_method(data["train"].method)
@@ -185,9 +187,14 @@ def of(data: Any) -> Recipe:
             raise SecateurError("The recipe trains, but nothing prunes: add prune:, or a method to train:.")
     if data.get("prune") is not None:
         given = _mapping("prune", data["prune"])
-        _check_keys("prune", given, [n for n in inspect.signature(prune_).parameters if n not in BROUGHT])
+        _check_keys("prune", given, names(prune_))
         built("prune", given)
     return Recipe(**data)
+
+
+def names(f: Callable[..., Any]) -> list[str]:
+    """Arguments that a recipe may give: all but what a run brings itself."""
+    return [name for name in inspect.signature(f).parameters if name not in BROUGHT]
 
 
 def built(where: str, given: Any) -> Any:
@@ -210,7 +217,6 @@ def built(where: str, given: Any) -> Any:
 
 def call(where: str, f: Callable[..., Any], given: Any, **more: Any) -> Any:
     """`f` with arguments of a recipe, and `more` where f takes them and the recipe does not give them."""
-    names = [p.name for p in inspect.signature(f).parameters.values()]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(given, dict):
@@ -219,7 +225,7 @@ def call(where: str, f: Callable[..., Any], given: Any, **more: Any) -> Any:
         if f is allocation.custom:
             args = (dict(given),)
         else:
-            _check_keys(where, given, [name for name in names if name not in BROUGHT])
+            _check_keys(where, given, names(f))
             kwargs = {k: v if plain or k in TEXTS else built(f"{where}.{k}", v) for k, v in given.items()}
             kwargs = {k: tuple(v) if plain and isinstance(v, list) else v for k, v in kwargs.items()}
     elif isinstance(given, list):
@@ -227,11 +233,12 @@ def call(where: str, f: Callable[..., Any], given: Any, **more: Any) -> Any:
         args = (args,) if f is training.Phases else args
     elif given is not None:
         args = (built(where, given),)
-    kwargs |= {k: v for k, v in more.items() if k in names and k not in kwargs}
+    taken = list(inspect.signature(f).parameters)
+    kwargs |= {k: v for k, v in more.items() if k in taken and k not in kwargs}
     try:
         inspect.signature(f).bind(*args, **kwargs)
     except TypeError as error:
-        raise SecateurError(f"{where}: {error}; it takes {', '.join(names)}.") from None
+        raise SecateurError(f"{where}: {error}; it takes {', '.join(taken)}.") from None
     try:
         return f(*args, **kwargs)
     except SecateurError as error:
@@ -270,7 +277,7 @@ def _check_method(given: Any) -> None:
     """Names and settings, before a model is loaded."""
     name, settings = _method_of(given)
     where = f"train.method.{name}"
-    _check_keys(where, settings, [n for n in inspect.signature(METHODS[name]).parameters if n not in BROUGHT])
+    _check_keys(where, settings, names(METHODS[name]))
     for key, value in settings.items():
         if key not in TEXTS:
             built(f"{where}.{key}", value)

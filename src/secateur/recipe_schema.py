@@ -33,7 +33,8 @@ def recipe_schema() -> Schema:
     """The JSON Schema (draft 2020-12) of recipes."""
     method = {"oneOf": [_one(name) for name in METHODS] + [{"type": "null"}]}
     train = _keywords(Training) | {"type": ["object", "null"]}
-    train["properties"] |= {"method": method, "distill": _keywords(training.Distill, required=False)}
+    distill = _keywords(training.Distill) | {"type": ["object", "null"]}
+    train["properties"] |= {"method": method, "distill": distill}
     recipe = _keywords(Recipe)
     recipe["properties"]["eval"] = recipe["properties"].pop("evaluate")
     recipe["properties"] |= {"prune": _keywords(prune_) | {"type": ["object", "null"]}, "train": train}
@@ -82,13 +83,13 @@ def _needed(f: Callable[..., Any]) -> list[str]:
     return [n for n, p in _parameters(f).items() if p.default is p.empty]
 
 
-def _keywords(f: Callable[..., Any], required: bool = True) -> Schema:
+def _keywords(f: Callable[..., Any]) -> Schema:
     """Arguments by name."""
     made: Any = f
     hints = get_type_hints(made.__init__ if isinstance(f, type) else f)
     properties = {n: _value(n, hints.get(n, Any), f.__name__) for n in _parameters(f)}
     properties = {n: value for n, value in properties.items() if value}  # the others have no form in YAML
-    needed = {"required": _needed(f)} if required and _needed(f) else {}
+    needed = {"required": _needed(f)} if _needed(f) else {}
     return {"type": "object", "properties": properties, **needed, "additionalProperties": False}
 
 

@@ -14,7 +14,6 @@ LIMIT = 1.2e9  # bytes, 0.9e9 of which libraries take
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Reads /proc.")
-@pytest.mark.slow
 def test_a_checkpoint_larger_than_the_space_for_it(tmp_path: Path) -> None:
     source, out = tmp_path / "dense", tmp_path / "pruned"
     source.mkdir()

@@ -32,7 +32,6 @@ def values(table: TicketTable) -> list[object]:
     return [(r.key, r.branch, r.level, r.seed, r.density, r.values) for r in table]
 
 
-@pytest.mark.slow
 def test_tasks_give_what_one_process_gives(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -31,7 +31,7 @@ class Soft:
     the scores are ranked over all layers and the masks have the asked sparsity. At least `floor` of each
     matrix stays on the way.
 
-    The defaults are the paper's, for some ten thousand steps. A shorter training brings fewer scores below
+    The defaults are the paper's, for some fifty thousand steps. A shorter training brings fewer scores below
     the threshold; what it lacks then goes at once in the end, which costs accuracy, and the report says how
     much that was. A larger `strength` removes more on the way.
     """
