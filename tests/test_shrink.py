@@ -290,6 +290,10 @@ def test_kinds_and_exclude_name_what_stays() -> None:
         sc.shrink_(model, example, sc.Budget.params(0.7), exclude="nothing.like.it")
     with pytest.raises(SelectionError, match="leaves nothing"):
         sc.shrink_(model, example, sc.Budget.params(0.7), exclude="*")
+    model, example = build("llama")
+    width = "width of model.embed_tokens.weight[1]"  # a name in full, not a range of characters
+    report = sc.shrink_(model, example, sc.Budget.params(0.9), kinds=("width", "neurons"), exclude=width)
+    assert kept(report, "width") == [32] and min(kept(report, "neurons")) < 40
 
 
 def test_the_width_is_cut_if_asked_and_clusters_keep_equal_shares() -> None:

@@ -40,7 +40,7 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
 }
 
 # Arguments of theirs that are texts of their own, not names of constructors.
-TEXTS = frozenset({"hidden", "kinds"})
+TEXTS = frozenset({"blocks", "hidden", "kinds"})
 # What a run brings itself.
 BROUGHT = frozenset({"model", "graph", "batches", "loss", "stats", "example", "student", "teacher"})
 

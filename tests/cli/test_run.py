@@ -108,6 +108,21 @@ def test_methods_on_the_graph(method: str, speaker: Path, words: Path, tmp_path:
     assert small < 0.95 * dense or not method.startswith("L0")
 
 
+def test_blocks_that_training_closed_are_dropped(
+    speaker: Path, words: Path, tmp_path: Path, run: Run
+) -> None:
+    """A target that takes whole blocks; the folder holds units cut and blocks dropped, in this order."""
+    file = tmp_path / "r.yaml"
+    l0 = "{sparsity: 0.9, begin: 1, end: 6, blocks: ['*.layers.*']}"
+    file.write_text(f"train: {{steps: 8, method: {{L0: {l0}}}}}\n")
+    assert run("run", file, "--model", speaker, "--data", words, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    dense, small = sc.load_hf(speaker)[0], sc.load(tmp_path / "out")
+    assert len(small.model.layers) < len(dense.model.layers)
+    assert report["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert any(note.startswith("Dropped as a whole: model.layers.") for note in report["notes"])
+
+
 RISE = "schedule: {linear: {initial: 0, final: 0.3, begin: 1, end: 9}}, when: {every: 2}"
 LONG = {
     "none": "",

@@ -175,6 +175,12 @@ def test_settings_by_name_and_kind():
         constraints(groups, sparsity={"layer.*": 0.5})
 
 
+def test_a_name_in_full_is_that_name_whatever_a_glob_makes_of_it():
+    first, second = (Group(f"heads of h.{i}.attn.weight[1]", 8, kind="heads") for i in range(2))
+    found = constraints([first, second], sparsity={first.name: 0.5})
+    assert found == {first: Constraint(sparsity=0.5), second: Constraint()}
+
+
 @pytest.mark.parametrize(
     ("settings", "error"),
     [

@@ -260,3 +260,22 @@ def test_the_probability_of_an_open_gate_is_that_of_its_draws():
     drawn = ((u.log() - (1 - u).log() + alpha) / (2 / 3)).sigmoid() * 1.2 - 0.1
     share = (drawn > 0).double().mean(0)
     assert torch.allclose(share, gates._open(alpha), atol=0.004)
+
+
+def test_shrink_takes_the_closed_units_among_equal_ones():
+    """Log odds stop at their bounds, so many are equal; which of them are closed the masks say."""
+    model = net()
+    l0 = sc.L0(model, traced(model), 0.6, begin=0, end=1)
+    for alpha in l0._alpha.values.values():
+        alpha.data.fill_(9.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with l0.attach(optimizer):
+        train(model, optimizer, 2)
+    x = data(1)[0]
+    with torch.no_grad():
+        before = model(x)
+    closed = sum(float((~kept).sum()) for kept in l0._kept().values())
+    sc.shrink_(model, x, sc.Budget.params(1.0), criterion=l0, sparsity=l0.closed())
+    assert model[0].out_features + model[2].out_features == 40 - closed
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-6)

@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur import pages, recipe
 from secateur.artifacts import save
+from secateur.artifacts.steps import Surgery
 from secateur.budget import Budget
 from secateur.cli import shared
 from secateur.cli.data import Data, example_input, overlap_note, read_data
@@ -22,14 +23,15 @@ from secateur.core.errors import SecateurError
 from secateur.core.files import write_text
 from secateur.criteria import Criterion
 from secateur.graph import Graph
+from secateur.layers import drop_layers_
 from secateur.masks import Masks
 from secateur.prune import prune_
 from secateur.recipe import Recipe
 from secateur.record import Report
 from secateur.shrink import shrink_
 from secateur.shrink_page import shrink_page
-from secateur.shrunk import ShrinkReport
-from secateur.training import GroupLasso, Method
+from secateur.shrunk import Costs, ShrinkReport
+from secateur.training import L0, GroupLasso, Method
 from secateur.training.units import UnitMethod
 
 RecipeFile = Annotated[
@@ -99,13 +101,15 @@ def run(
             method.check()
             report = method.report()
     assert report is not None
+    surgery: Surgery | None = None
     if isinstance(method, UnitMethod | GroupLasso):
-        report = replace(_shrunk(network, method), history=method.history)
+        shrunk, surgery = _shrunk(network, method)
+        report = replace(shrunk, history=method.history)
     notes = [*given.notes, overlap_note(given, held_out)]
     if held_out is not None:
         notes.append(shared.loss_note(asked.evaluate, task, old, shared.loss_of(network, held_out)))
     report = replace(report, notes=(*report.notes, *(note for note in notes if note)))
-    save(network, asked.out, report=report, source=asked.model)
+    save(network, asked.out, report=report, surgery=surgery, source=asked.model)
     page = shrink_page(report) if isinstance(report, ShrinkReport) else pages.prune_page(report)
     write_text(asked.out / "report.html", page)
     if trainer is not None:
@@ -135,10 +139,26 @@ def _method(model: nn.Module, asked: Recipe, given: Data) -> Method | None:
     return recipe.method_of(asked.train.method, model, **more)
 
 
-def _shrunk(model: nn.Module, method: UnitMethod | GroupLasso) -> ShrinkReport:
-    """The units that training closed or emptied are removed, which changes nothing of the function."""
+def _shrunk(model: nn.Module, method: UnitMethod | GroupLasso) -> tuple[ShrinkReport, Surgery]:
+    """Units and blocks that training closed or emptied are removed, which changes nothing of the function."""
     example = example_input(model)
     if isinstance(method, GroupLasso):
-        return shrink_(model, example, Budget.params(1.0), sparsity=method.zero_units())
+        report = shrink_(model, example, Budget.params(1.0), sparsity=method.zero_units())
+        return report, report.cuts
     end: dict[str, Any] = {"criterion": method, "kinds": method.kinds, "sparsity": method.closed()}
-    return shrink_(model, example, Budget.params(1.0), **end)
+    report = shrink_(model, example, Budget.params(1.0), **end)
+    closed = method.closed_blocks() if isinstance(method, L0) else ()
+    if not closed:
+        return report, report.cuts
+    dropped = drop_layers_(model, closed, example)
+    after = Costs.of(model, example)
+    notes = (*report.notes, f"Dropped as a whole: {', '.join(closed)}.", *dropped.notes)
+    report = replace(
+        report,
+        after=after.measured,
+        operators_after=after.operators,
+        why_not_faster=after.slower_than_expected(Costs(report.before, report.operators_before, after.width)),
+        got=float(after.measured.parameters),
+        notes=notes,
+    )
+    return report, (*report.cuts, dropped)

@@ -129,4 +129,5 @@ def constraints(
 
 
 def _matches(group: GroupLike, key: str) -> bool:
-    return key == group.kind or fnmatchcase(group.name, key)
+    # Names hold brackets, which are ranges of characters in a glob: a name in full is that name.
+    return key in (group.kind, group.name) or fnmatchcase(group.name, key)

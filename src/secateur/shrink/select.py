@@ -28,13 +28,18 @@ def select_groups(graph: Graph, kinds: Collection[str] | None, exclude: tuple[st
     chosen = [g for g in graph.groups() if kinds is None or g.kind in kinds]
     names = {g: [g.name, *(m.tensor for m in g.members)] for g in chosen}
     for glob in exclude:
-        if not any(fnmatchcase(n, glob) for g in chosen for n in names[g]):
+        if not any(_named(n, glob) for g in chosen for n in names[g]):
             raise SelectionError(f"exclude={glob!r} matches no group and none of their tensors.")
-    left = [g for g in chosen if not any(fnmatchcase(n, glob) for n in names[g] for glob in exclude)]
+    left = [g for g in chosen if not any(_named(n, glob) for n in names[g] for glob in exclude)]
     complete = _with_whole_clusters(left, graph.clusters())
     if not complete:
         raise SelectionError(_nothing_to_cut(graph, kinds, chosen, left))
     return complete
+
+
+def _named(name: str, glob: str) -> bool:
+    """Names hold brackets, which are ranges of characters in a glob: a name in full is that name."""
+    return name == glob or fnmatchcase(name, glob)
 
 
 def _with_whole_clusters(groups: Iterable[Group], clusters: Iterable[Sequence[Group]]) -> list[Group]:

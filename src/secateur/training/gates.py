@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.core.errors import MaskError, ScheduleError, SecateurError
+from secateur.core.errors import MaskError, ScheduleError, SecateurError, StatsError
+from secateur.core.names import unwrap
 from secateur.graph import Graph
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
+from secateur.training.blocks import Gated, gated_blocks
 from secateur.training.draws import generator_at
 from secateur.training.shadow import Scores as Parameters
-from secateur.training.units import UnitMethod, along
+from secateur.training.units import UnitMethod, Units, along
 
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # temperature and stretch of Louizos et al.
 _SHIFT = _BETA * math.log(-_LOW / _HIGH)
@@ -45,6 +47,15 @@ class L0(UnitMethod):
     :math:`\min(1, \max(0, \sigma(\alpha)(\zeta - \gamma) + \gamma))`. Training goes on with the closed units
     at zero, and `shrink_` removes them.
 
+    Blocks named in `blocks` have a gate each besides, on all that they add to the hidden state: a unit in
+    such a block is open with the product of both probabilities. At `end` those blocks close that are more
+    likely closed than open, the most certain first, as far as the target goes, and further ones only where
+    units alone would not reach it; one of each stack stays. They are the ones to drop::
+
+        l0 = sc.L0(model, graph, 0.5, begin=200, end=2000, blocks="*.layers.*")
+        ...  # train and `shrink_`, as above
+        sc.drop_layers_(model, l0.closed_blocks(), x)
+
     Between steps the model holds the gates drawn for the next one; `settled()` is a context in which it holds
     the final ones, for evaluation on the way.
 
@@ -55,16 +66,20 @@ class L0(UnitMethod):
         begin: step at which the target begins to rise.
         end: step from which on the gates stay.
         kinds: of groups; units inside blocks by default.
+        blocks: names of blocks that may close as a whole, as from `stacks`, or patterns (`"*.layers.*"`);
+            none by default. Blocks that normalise the sum of their input and what they add (BERT) cannot.
         rate: learning rate of gates and multipliers, which follows the schedule of the optimizer's.
         initial: :math:`\alpha` at the beginning.
         seed: of the gates' draws; the same on all ranks.
 
     Raises:
-        SelectionError: no group whose units are passed on to weights.
+        SelectionError: no group whose units are passed on to weights; or a block that gates cannot close.
         SecateurError: another of its subclasses, for anything else wrong with the input.
 
     Reference: Louizos et al. 2018, Learning sparse neural networks through L0 regularization, eq. 10-13; Xia
-    et al. 2022, Structured pruning learns compact and accurate models (CoFi), section 3.
+    et al. 2022, Structured pruning learns compact and accurate models (CoFi), section 3; Xia et al. 2024,
+    Sheared LLaMA, section 2.1, for blocks. Differs from CoFi: one gate for a whole block, not one each for
+    its attention and its MLP.
     """
 
     reads_gradients = True
@@ -78,6 +93,7 @@ class L0(UnitMethod):
         begin: int,
         end: int,
         kinds: Collection[str] = DEFAULT_KINDS,
+        blocks: Iterable[str] = (),
         rate: float = 0.1,
         initial: float = 2.2,
         seed: int = 0,
@@ -94,14 +110,20 @@ class L0(UnitMethod):
             "rate": repr(rate),
             "seed": repr(seed),
         }
-        super().__init__(model, graph, kinds, settings)
+        units = Units(unwrap(model), graph, kinds)
+        self.blocks = gated_blocks(unwrap(model), graph, blocks, units.groups)
+        if self.blocks:
+            settings["blocks"] = ", ".join(b.name for b in self.blocks)
+        super().__init__(model, units, settings, [t for b in self.blocks for t in b.writers])
         device = self.live.targets[0].weight.device
-        gates = {g.name: torch.full((g.size,), float(initial), device=device) for g, _ in self.units.groups}
+        sizes = {g.name: g.size for g, _ in units.groups} | {b.name: 1 for b in self.blocks}
+        gates = {name: torch.full((n,), float(initial), device=device) for name, n in sizes.items()}
         self._alpha = Parameters(gates, rate)
         self._multipliers = Parameters({"linear": torch.zeros(1), "square": torch.zeros(1)}, rate, True)
         self._gradients: dict[str, Tensor] = {}
         self._drawn: dict[str, Tensor] = {}
-        self.units.check(self._values(), sparsity)  # what cannot be had fails before training
+        closable = [name for b in self._order() for name in b.groups]
+        self.units.check(self._values(), sparsity, closable)  # what cannot be had fails before training
 
     @property
     def end(self) -> int:
@@ -110,8 +132,8 @@ class L0(UnitMethod):
     @property
     def expected(self) -> float:
         """Share of the groups' parameters that is expected to be closed."""
-        open_ = sum(float((_open(self._alpha[n]).cpu() * c).sum()) for n, c in self.units.costs.items())
-        return 1 - open_ / self.units.total
+        open_, within = self._open_parameters()
+        return 1 - sum(n * within.get(name, 1.0) for name, n in open_.items()) / self.units.total
 
     @property
     def target(self) -> float:
@@ -130,14 +152,18 @@ class L0(UnitMethod):
             return True
         ahead = self.expected - self.target
         linear, square = (float(self._multipliers[k]) for k in ("linear", "square"))
+        pull = (linear + 2 * square * ahead) / self.units.total  # on a parameter that is expected to be open
+        open_, within = self._open_parameters()
+        for block in self.blocks:
+            flow = self._flow(block)
+            for t in block.writers:
+                assert t.weight.grad is not None
+                t.weight.grad.mul_(self._drawn[block.name].to(t.weight.dtype))
+            inside = sum(open_[name] for name in block.groups)
+            self._gradients[block.name] = self._gradient(block.name, flow, pull * inside)
         for name, flow in self.units.flow(self._shadow.dense).items():
-            alpha, drawn = self._alpha[name], self._drawn[name]
-            inside = (drawn > 0) & (drawn < 1)
-            concrete = (drawn - _LOW) / (_HIGH - _LOW)
-            slope = torch.where(inside, (_HIGH - _LOW) * concrete * (1 - concrete) / _BETA, 0.0)
-            p_open = _open(alpha)
-            closing = -self.units.costs[name].to(alpha.device) * p_open * (1 - p_open) / self.units.total
-            self._gradients[name] = flow * slope + (linear + 2 * square * ahead) * closing
+            costs = self.units.costs[name].to(flow.device)
+            self._gradients[name] = self._gradient(name, flow, pull * within.get(name, 1.0) * costs)
         for group, users in self.units.groups:
             for p in users:
                 if p.weight.grad is not None:
@@ -185,43 +211,119 @@ class L0(UnitMethod):
         if self.step >= self.last:
             yield
             return
-        self._show({name: self._final(name, keep) for name, keep in self._kept().items()})
+        self._show(self._final())
         try:
             yield
         finally:
             self._show(self._drawn)
 
+    def closed(self) -> dict[str, float]:
+        """For each group the fraction of its units that is closed now; 0 in blocks that go as a whole."""
+        whole = {name for block in self._closed() for name in block.groups}
+        return {name: 0.0 if name in whole else share for name, share in super().closed().items()}
+
+    def closed_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that are closed now, for `drop_layers_`."""
+        closed = self._closed()
+        return tuple(block.name for block in self.blocks if block in closed)
+
+    def _look_for_collapse(self, removed: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+        meant = {t.name for block in self._closed() for t in block.writers}
+        super()._look_for_collapse({k: n for k, n in removed.items() if k not in meant}, sizes)
+
     def _values(self) -> Mapping[str, Tensor]:
         """The log odds of gates."""
         return {g.name: self._alpha[g.name] for g, _ in self.units.groups}
 
+    def _order(self) -> list[Gated]:
+        """Blocks that may close, those most likely closed first; not the most open one of each stack."""
+        alpha = {b.name: float(self._alpha[b.name]) for b in self.blocks}
+        stays = {b.stack: b for b in sorted(self.blocks, key=lambda b: alpha[b.name])}  # the last of each
+        return sorted((b for b in self.blocks if stays[b.stack] != b), key=lambda b: alpha[b.name])
+
+    def _closed(self) -> list[Gated]:
+        """Blocks that go at the present target."""
+        wanted, gone = self.target * self.units.total, 0.0
+        closed: list[Gated] = []
+        for block in self._order():
+            groups = [name for b in closed for name in b.groups]
+            enough = self.units.most(self._values(), groups) >= wanted
+            parameters = sum(float(self.units.costs[name].sum()) for name in block.groups)
+            likely = float(_open(self._alpha[block.name])) < 0.5
+            if enough and not (likely and gone + parameters <= wanted):
+                break
+            closed.append(block)
+            gone += parameters
+        return closed
+
     def _kept(self) -> dict[str, Tensor]:
-        return self.units.kept(self._values(), self.target * self.units.total)
+        whole = [name for block in self._closed() for name in block.groups]
+        return self.units.kept(self._values(), self.target * self.units.total, whole)
+
+    def _open_parameters(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Of each group, parameters expected to be open by its units' gates; the odds of its block's gate."""
+        open_ = {n: float((_open(self._alpha[n]).cpu() * c).sum()) for n, c in self.units.costs.items()}
+        within = {name: float(_open(self._alpha[b.name])) for b in self.blocks for name in b.groups}
+        return open_, within
+
+    def _flow(self, block: Gated) -> Tensor:
+        """The gradient of a block's gate: of what it writes, with its units' gates, float64 `[1]`."""
+        flow = torch.zeros(1, dtype=torch.float64, device=block.writers[0].weight.device)
+        for t in block.writers:
+            if t.weight.grad is None:
+                raise StatsError(f"{t.name} has no gradient: is it frozen, or out of use?")
+            gated = self._by_units(t.name, self._drawn)
+            flow += (t.weight.grad.float() * gated.float()).sum(dtype=torch.float64)
+        return flow
+
+    def _gradient(self, name: str, flow: Tensor, closing: Tensor | float) -> Tensor:
+        """Of log odds: `flow` through the gates that were drawn, and what closing them is worth."""
+        drawn, p_open = self._drawn[name], _open(self._alpha[name])
+        inside = (drawn > 0) & (drawn < 1)
+        concrete = (drawn - _LOW) / (_HIGH - _LOW)
+        slope = torch.where(inside, (_HIGH - _LOW) * concrete * (1 - concrete) / _BETA, 0.0)
+        return flow * slope - closing * p_open * (1 - p_open)
 
     def _draw(self) -> None:
-        for group, _ in self.units.groups:
-            alpha = self._alpha[group.name]
-            generator = generator_at(self.seed, group.name, self.step)
-            u = torch.rand(group.size, generator=generator).clamp(1e-6, 1 - 1e-6).to(alpha.device)
-            concrete = ((u.log() - (1 - u).log() + alpha) / _BETA).sigmoid()
-            self._drawn[group.name] = (concrete * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        for name, alpha in self._alpha.values.items():
+            generator = generator_at(self.seed, name, self.step)
+            u = torch.rand(len(alpha), generator=generator).clamp(1e-6, 1 - 1e-6).to(alpha.device)
+            concrete = ((u.log() - (1 - u).log() + alpha.detach()) / _BETA).sigmoid()
+            self._drawn[name] = (concrete * (_HIGH - _LOW) + _LOW).clamp(0, 1)
         self._show(self._drawn)
 
-    def _final(self, name: str, keep: Tensor) -> Tensor:
-        expected = (self._alpha[name].sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-        return expected * keep.to(expected.device)
+    def _final(self) -> dict[str, Tensor]:
+        """Gates as they stay: none for what is closed, their expected value for the others."""
+        closed = self.closed_blocks()
+        kept = self._kept() | {b.name: torch.tensor([b.name not in closed]) for b in self.blocks}
+        expected = {
+            n: (a.detach().sigmoid() * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+            for n, a in self._alpha.values.items()
+        }
+        return {name: gate * kept[name].to(gate.device) for name, gate in expected.items()}
+
+    def _by_units(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
+        """A dense weight times the gates of the units that it takes in."""
+        weight = self._shadow.dense[name]
+        for group, place in self.units.of_tensor.get(name, ()):
+            weight = weight * along(place, gates[group.name])
+        return weight
 
     @torch.no_grad()
     def _show(self, gates: Mapping[str, Tensor]) -> None:
-        for group, users in self.units.groups:
-            for p in users:
-                dense = self._shadow.dense[p.tensor]
-                p.weight.detach().copy_(dense * along(p, gates[group.name]))
+        for t in self.live.targets:
+            t.weight.detach().copy_(self._by_units(t.name, gates))
+        for block in self.blocks:
+            for t in block.writers:
+                t.weight.detach().mul_(gates[block.name].to(t.weight.dtype))
 
     def _settle(self) -> None:
-        kept = self._kept()
-        self._show({name: self._final(name, keep) for name, keep in kept.items()})
-        self._change(self.units.masks(kept), self.sparsity)
+        self._show(self._final())
+        masks = {t.name: torch.ones_like(t.weight, dtype=torch.bool) for t in self.live.targets}
+        masks |= self.units.masks(self._kept())
+        for block in self._closed():
+            masks |= {t.name: torch.zeros_like(t.weight, dtype=torch.bool) for t in block.writers}
+        self._change(masks, self.sparsity)
 
 
 def _open(alpha: Tensor) -> Tensor:

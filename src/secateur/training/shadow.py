@@ -71,7 +71,11 @@ class Scores:
         self.values = {name: torch.nn.Parameter(v) for name, v in values.items()}
         self.rate = rate
         # Plain gradient descent has no state, so that neither saving nor loading knows of the difference.
-        make = partial(torch.optim.SGD, lr=1.0) if rate is None else partial(torch.optim.Adam, lr=rate)
+        make = (
+            partial(torch.optim.SGD, lr=1.0)
+            if rate is None
+            else partial(torch.optim.Adam, lr=rate, fused=True)
+        )
         self._optimizer = make(self.values.values(), maximize=maximize)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.core.errors import MaskError, SecateurError
+from secateur.core.names import unwrap
 from secateur.graph import Graph
 from secateur.prune import refuse_class
 from secateur.schedules import Schedule, When, every, is_due
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
 from secateur.training.shadow import Scores as Parameters
-from secateur.training.units import UnitMethod
+from secateur.training.units import UnitMethod, Units
 
 
 class UnitMovement(UnitMethod):
@@ -70,7 +71,7 @@ class UnitMovement(UnitMethod):
             raise SecateurError(f"The learning rate of the scores is above 0; got {rate}.")
         self.schedule, self.when = schedule, when
         settings = {"schedule": repr(schedule), "when": repr(when), "rate": repr(rate)}
-        super().__init__(model, graph, kinds, settings)
+        super().__init__(model, Units(unwrap(model), graph, kinds), settings)
         device = self.live.targets[0].weight.device
         self._scores = Parameters(
             {g.name: torch.zeros(g.size, device=device) for g, _ in self.units.groups}, rate

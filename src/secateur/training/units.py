@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.collect import Loss
 from secateur.core.errors import BudgetError, SelectionError, SparsityError, StatsError
-from secateur.core.names import Selection, Target, unwrap
+from secateur.core.names import Selection, Target
 from secateur.graph import Graph, Group
 from secateur.scoring.base import Labels, Place, Scores, finished, places
 from secateur.scoring.units import add_units, count_units, index_rows
@@ -25,6 +25,7 @@ class Units:
 
     Attributes:
         groups: with the places of each that take its units in.
+        of_tensor: the same by the names of tensors.
         costs: of each group, the parameters of each unit in all tensors that depend on it, `[size]`.
         total: of all units.
 
@@ -43,6 +44,10 @@ class Units:
                 self.groups.append((group, users))
         if not self.groups:
             raise SelectionError(f"No group of {', '.join(kinds)} can be cut and is passed on to a weight.")
+        self.of_tensor: dict[str, list[tuple[Group, Place]]] = {}
+        for group, users in self.groups:
+            for p in users:
+                self.of_tensor.setdefault(p.tensor, []).append((group, p))
         self.costs = {g.name: _costs(model, g, graph.labels) for g, _ in self.groups}
         self.total = sum(float(c.sum()) for c in self.costs.values())
 
@@ -73,31 +78,39 @@ class Units:
             flows[group.name] = flow
         return flows
 
-    def kept(self, values: Mapping[str, Tensor], removed: float) -> dict[str, Tensor]:
+    def kept(
+        self, values: Mapping[str, Tensor], removed: float, closed: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """Units that stay when those of the lowest values go until at least so many parameters are gone.
 
-        The highest unit of each group stays in any case.
+        The highest unit of each group stays in any case, but for the groups in `closed`: they go as a whole.
         """
-        flat = self._ranked(values)
+        flat = self._ranked(values, closed)
         costs = torch.cat([self.costs[g.name] for g, _ in self.groups])
         order = flat.argsort(stable=True)
-        free = order[flat[order].isfinite()]
+        free = order[flat[order] < torch.inf]
         before = costs[free].cumsum(0) - costs[free]
         keep = torch.ones(len(costs), dtype=torch.bool)
         keep[free[before < removed]] = False
+        keep[flat == -torch.inf] = False
         parts = keep.split([g.size for g, _ in self.groups])
         return {g.name: part for (g, _), part in zip(self.groups, parts, strict=True)}
 
-    def check(self, values: Mapping[str, Tensor], sparsity: float) -> None:
-        """`BudgetError` if that share of the parameters cannot go with one unit of each group kept."""
+    def most(self, values: Mapping[str, Tensor], closed: Collection[str] = ()) -> float:
+        """Parameters that can go when the groups in `closed` go as a whole."""
+        costs = torch.cat([self.costs[g.name] for g, _ in self.groups])
+        return float(costs[self._ranked(values, closed) < torch.inf].sum())
+
+    def check(self, values: Mapping[str, Tensor], sparsity: float, closed: Collection[str] = ()) -> None:
+        """`BudgetError` if that share of the parameters cannot go; see `most`."""
         if not 0 <= sparsity < 1:
             raise SparsityError(f"Of units' parameters a fraction below 1 is removed; got {sparsity}.")
-        costs = torch.cat([self.costs[g.name] for g, _ in self.groups])
-        most = float(costs[self._ranked(values).isfinite()].sum())
+        most = self.most(values, closed)
         if sparsity * self.total > most:
+            blocks = "one block of each stack and " if closed else ""
             raise BudgetError(
-                f"With one unit of each group kept, {most / self.total:.2%} of the groups' parameters can "
-                f"go, not {sparsity:.2%}."
+                f"With {blocks}one unit of each group kept, {most / self.total:.2%} of the groups' "
+                f"parameters can go, not {sparsity:.2%}."
             )
 
     def masks(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,11 +122,14 @@ class Units:
                 masks[p.tensor] = keep.expand_as(p.weight).clone()
         return masks
 
-    def _ranked(self, values: Mapping[str, Tensor]) -> Tensor:
-        """All values in one row, infinite for the highest of each group."""
+    def _ranked(self, values: Mapping[str, Tensor], closed: Collection[str]) -> Tensor:
+        """All values in one row, infinite for the highest of each group; -inf for those of `closed`."""
         flat = [values[g.name].double().cpu().clone() for g, _ in self.groups]
-        for part in flat:
-            part[part.argmax()] = torch.inf
+        for (group, _), part in zip(self.groups, flat, strict=True):
+            if group.name in closed:
+                part.fill_(-torch.inf)
+            else:
+                part[part.argmax()] = torch.inf
         return torch.cat(flat)
 
 
@@ -121,11 +137,17 @@ class UnitMethod(Method):
     """A method that closes units: a criterion for `shrink_` at its end, which removes what it closed."""
 
     def __init__(
-        self, model: nn.Module, graph: Graph, kinds: Collection[str], settings: Mapping[str, str]
+        self,
+        model: nn.Module,
+        units: Units,
+        settings: Mapping[str, str],
+        others: Sequence[Target] = (),
     ) -> None:
-        self.units = Units(unwrap(model), graph, kinds)
-        groups = ", ".join(g.name for g, _ in self.units.groups)
-        super().__init__(model, Selection(self.units.targets, ()), {**settings, "groups": groups})
+        self.units = units
+        groups = ", ".join(g.name for g, _ in units.groups)
+        known = {id(t.weight) for t in units.targets}
+        targets = (*units.targets, *(t for t in others if id(t.weight) not in known))
+        super().__init__(model, Selection(targets, ()), {**settings, "groups": groups})
         self._shadow = Shadow(self.live.targets)
 
     @property
@@ -145,14 +167,17 @@ class UnitMethod(Method):
         batches: Iterable[Any] | None = None,
         loss: Loss | None = None,
     ) -> dict[Any, Scores]:
-        """As a criterion of groups: the units' values."""
-        values = self._values()
+        """As a criterion of groups: the units' values, with those of closed units below those of open ones.
+
+        Among equal values, as at the bounds of L0's log odds, a ranking of its own would choose others.
+        """
+        values, kept = self._values(), self._kept()
         unknown = [g.name for g in groups if g.name not in values]
         if unknown:
             raise StatsError(
                 f"{unknown[0]} was not pruned in training: pass kinds= of what was, or exclude it."
             )
-        return {g: finished(g, values[g.name]) for g in groups}
+        return {g: finished(g, _parted(values[g.name], kept[g.name])) for g in groups}
 
     def _values(self) -> Mapping[str, Tensor]:
         """What units are worth, by group."""
@@ -161,6 +186,12 @@ class UnitMethod(Method):
     def _kept(self) -> dict[str, Tensor]:
         """Which units stay now, by group."""
         raise NotImplementedError
+
+
+def _parted(values: Tensor, kept: Tensor) -> Tensor:
+    """Values of a group's units, lowered where they are closed, until they lie below all of the others."""
+    span = values.max() - values.min() + 1
+    return torch.where(kept.to(values.device), values, values - span)
 
 
 def along(place: Place, values: Tensor) -> Tensor:
