@@ -87,8 +87,13 @@ def hard(model: nn.Module, rise: sc.Schedule) -> sc.Method:
 
 
 def soft(model: nn.Module, rise: sc.Schedule) -> sc.Method:
-    """A threshold on the scores, ranked over all layers at the end."""
+    """A threshold on the scores of all layers that follows the schedule, with a penalty."""
     return sc.Movement(model, rise, soft=sc.Soft(), where=ENCODER)
+
+
+def fixed(model: nn.Module, rise: sc.Schedule) -> sc.Method:
+    """The same with the paper's threshold; ranked at the end."""
+    return sc.Movement(model, rise, soft=sc.Soft(threshold=0.1), where=ENCODER)
 
 
 def random(model: nn.Module, rise: sc.Schedule) -> sc.Method:
@@ -101,6 +106,7 @@ METHODS: dict[str, Callable[[nn.Module, sc.Schedule], sc.Method]] = {
     "magnitude": gradual,
     "hard movement": hard,
     "soft movement": soft,
+    "soft movement, fixed threshold": fixed,
 }
 
 

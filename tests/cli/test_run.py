@@ -121,6 +121,7 @@ def test_blocks_that_training_closed_are_dropped(
     assert len(small.model.layers) < len(dense.model.layers)
     assert report["after"]["parameters"] == sum(p.numel() for p in small.parameters())
     assert any(note.startswith("Dropped as a whole: model.layers.") for note in report["notes"])
+    assert report["settings"]["criterion"].startswith("L0(sparsity=0.9, begin=1, end=6, rate=0.1, seed=0, bl")
 
 
 RISE = "schedule: {linear: {initial: 0, final: 0.3, begin: 1, end: 9}}, when: {every: 2}"

@@ -1,6 +1,7 @@
 """Movement pruning against a plain implementation with straight-through gradients by autograd."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -76,6 +77,10 @@ def reference(schedule, steps, soft=None, block=None, decay=None, rate=0.02):
 
     def masks(step):
         out, removed = {}, shared(schedule(step), {n: s.numel() for n, s in scores.items()})
+        flat = torch.cat([s.detach().flatten() for s in scores.values()])
+        lowest = torch.ones(len(flat))
+        lowest[flat.argsort(stable=True)[: count(schedule(step), len(flat))]] = 0
+        lowest = dict(zip(scores, lowest.split([s.numel() for s in scores.values()]), strict=True))
         for n, s in scores.items():
             if step < schedule.begin:
                 out[n] = torch.ones_like(weights[n])
@@ -85,6 +90,8 @@ def reference(schedule, steps, soft=None, block=None, decay=None, rate=0.02):
                 m = torch.ones(s.numel())
                 m[s.detach().flatten().argsort(stable=True)[:k]] = 0
                 m = m.view(s.shape)
+            elif soft.threshold is None:
+                m = lowest[n].view(s.shape)
             else:
                 m = (s.detach().sigmoid() > soft.threshold * schedule(step) / final).float()
             out[n] = m if block is None else m.repeat_interleave(block, 0)
@@ -161,6 +168,44 @@ def test_soft_movement_is_that_of_the_paper_until_the_final_cut():
     assert torch.cat(gone).max() <= torch.cat(kept).min()
 
 
+def test_without_a_threshold_soft_movement_follows_the_schedule():
+    schedule = sc.cubic(0, 0.8, begin=2, end=30)
+    soft = sc.Soft(strength=0.02, floor=0.0)
+    expected, scores, masks = reference(schedule, 30, soft)
+    model = net()
+    movement = sc.Movement(model, schedule, when=sc.every(1), rate=0.02, soft=soft)
+    optimizer = adamw(model.parameters())
+    with movement.attach(optimizer):
+        train(model, optimizer, 30)
+    sizes = [mask.numel() for mask in masks.values()]
+    shares = [float(mask.mean()) for mask in masks.values()]
+    assert abs(shares[0] - shares[1]) > 0.02  # ranked over both layers
+    for name, mask in masks.items():
+        assert torch.allclose(movement.scores()[name], scores[name], atol=1e-5)
+        assert torch.equal(movement.masks[name], mask.bool()), name
+    for name, p in expected.named_parameters():
+        mine = model.get_parameter(name)
+        torch.testing.assert_close(mine, p * masks[name] if name in masks else p, rtol=1e-4, atol=1e-5)
+    assert [c.sparsity for c in movement.history] == [
+        count(schedule(c.step), sum(sizes)) / sum(sizes) for c in movement.history
+    ]
+    assert not any(note.startswith("The threshold") for note in movement.report().notes)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_every_layer_keeps_its_floor_to_the_end(threshold):
+    model = net()
+    soft = sc.Soft(threshold=threshold, strength=0.0, floor=0.15)
+    movement = sc.Movement(model, sc.cubic(0, 0.8, begin=0, end=20), when=sc.every(1), rate=0.02, soft=soft)
+    movement._scores.values["0.weight"].data -= 5.0  # so that the ranking would take all of this layer
+    optimizer = adamw(model.parameters())
+    with movement.attach(optimizer):
+        train(model, optimizer, 20)
+    mask = movement.masks["0.weight"]
+    assert int(mask.count_nonzero()) == math.ceil(0.15 * mask.numel())
+    assert movement.masks.entries - movement.masks.kept == count(0.8, movement.masks.entries)
+
+
 def test_the_floor_keeps_every_layer_alive():
     model = net()
     soft = sc.Soft(threshold=0.9, strength=0.0, floor=0.1)  # scores near zero lie below
@@ -211,7 +256,7 @@ def test_weights_come_back_with_what_they_had():
     assert back > 20
 
 
-@pytest.mark.parametrize("soft", [None, sc.Soft(0.53, 1.0, 0.02)])
+@pytest.mark.parametrize("soft", [None, sc.Soft(), sc.Soft(0.53, 1.0, 0.02)])
 def test_resumed_is_uninterrupted_bit_for_bit(soft):
     def fresh():
         model = net()

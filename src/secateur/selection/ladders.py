@@ -151,8 +151,10 @@ def _levels(
         nearest = off <= off.min() + 1e-9
         at = int(nearest.nonzero()[-1])  # of two the smaller count, as `count` rounds
         got = 1 - share[at].item() / parts
-        near = "" if abs(got - sparsity) < 1e-9 else f", the allowed value nearest to {sparsity:g}"
-        return counts[at : at + 1], f"{name}: sparsity fixed at {got:.4g}{near}."
+        if abs(got - sparsity) < 1e-9:
+            return counts[at : at + 1], None
+        near = f"the allowed value nearest to {sparsity:g}"
+        return counts[at : at + 1], f"{name}: sparsity fixed at {got:.4g}, {near}."
     if len(counts) == 1:
         return counts, f"{name}: kept whole, as no smaller count meets its constraints."
     return counts, None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.allocation import Allocation, Layer, global_, uniform
+from secateur.allocation import Allocation, Layer, at_least, global_, uniform
 from secateur.core.errors import MaskError, SecateurError, StatsError
 from secateur.core.names import Target, Where, select, unwrap
 from secateur.core.topk import count, keep_largest
@@ -23,25 +23,32 @@ from secateur.training.shadow import Scores, Shadow
 
 @dataclass(frozen=True)
 class Soft:
-    r"""Masks by a threshold on the scores, as soft movement pruning has them: :math:`\sigma(S) > \tau_t`.
+    r"""Masks by one threshold on the scores of all layers, as soft movement pruning has them.
 
-    The threshold rises with the schedule, :math:`\tau_t = \tau\, s_t / s_f`, and with it the weight
-    :math:`\lambda_t = \lambda\, \tau_t / \tau` of the penalty: the mean of :math:`\sigma(S)` over each
-    matrix, averaged over matrices. How much is removed on the way is an outcome; at the end of the schedule
-    the scores are ranked over all layers and the masks have the asked sparsity. At least `floor` of each
-    matrix stays on the way.
+    A penalty pulls scores down: the mean of :math:`\sigma(S)` over each matrix, averaged over matrices, times
+    :math:`\lambda_t = \lambda\, s_t / s_f`, which rises with the schedule. Only what training wants keeps a
+    high score, and how much stays of each layer is an outcome.
 
-    The defaults are the paper's, for some fifty thousand steps. A shorter training brings fewer scores below
-    the threshold; what it lacks then goes at once in the end, which costs accuracy, and the report says how
-    much that was. A larger `strength` removes more on the way.
+    Without a `threshold` it is, at every change, the one below which the schedule's share of all scores lies:
+    the sparsity is what was asked, in training too. With one, as in the paper, scores stay where
+    :math:`\sigma(S) > \tau_t = \tau\, s_t / s_f`; how much that removes is an outcome as well, and at the end
+    of the schedule the scores are ranked for the asked sparsity. The paper has :math:`\tau = 0.1` and some
+    fifty thousand steps: a shorter training brings fewer scores below, and what it lacks goes at once in the
+    end, which costs accuracy. The report says how much that was.
+
+    Args:
+        threshold: a fixed one, or None.
+        strength: :math:`\lambda`.
+        floor: the fraction of each matrix that stays in any case.
     """
 
-    threshold: float = 0.1
+    threshold: float | None = None
     strength: float = 400.0
     floor: float = 0.005
 
     def __post_init__(self) -> None:
-        if not (0 < self.threshold < 1 and 0 <= self.strength < float("inf") and 0 <= self.floor <= 1):
+        fits = self.threshold is None or 0 < self.threshold < 1
+        if not (fits and 0 <= self.strength < float("inf") and 0 <= self.floor <= 1):
             raise SecateurError(
                 f"{self}: the threshold lies between 0 and 1, strength is at least 0, floor a fraction."
             )
@@ -66,13 +73,14 @@ class Movement(Method):
         model: any module, usually pretrained.
         schedule: step -> sparsity.
         when: steps since `schedule.begin` -> whether masks change. The paper changes them at every step.
-        soft: masks by a threshold with a penalty, instead of a fixed number in each layer.
+        soft: masks by a threshold for all layers, with a penalty, instead of a fixed number in each layer.
         rate: learning rate of an Adam for the scores, which follows the schedule of the optimizer's. None:
             for hard movement the scores are plain sums of :math:`-w\,\partial L/\partial w`, weighted by the
             schedule, as the paper defines them; its authors' code has Adam with 1e-2, which needs many more
             steps, since each weight's signal and noise weigh the same. For a soft schedule 1e-2.
         pattern: which entries may survive; a block has one score.
-        allocation: how much from each layer. None: `uniform`, or `global_` at the end of a soft schedule.
+        allocation: how much from each layer where scores are ranked. None: `uniform`; for a soft schedule
+            `global_` with the floor of `soft`.
         where: which layers; see `Where`.
 
     Raises:
@@ -104,7 +112,7 @@ class Movement(Method):
             raise SecateurError(f"The learning rate of the scores is above 0; got {rate}.")
         self.schedule, self.when, self.soft = schedule, when, soft
         self.pattern = pattern or Unstructured()
-        self.allocation = allocation or (uniform if soft is None else global_)
+        self.allocation = allocation or (uniform if soft is None else at_least(global_, soft.floor))
         selection = select(unwrap(model), where)
         check_targets(selection.targets, self.pattern)
         settings = {
@@ -197,19 +205,16 @@ class Movement(Method):
         return self._gradients
 
     def _update(self) -> None:
-        last = self.step >= self.end
-        asked = self.schedule(self.step)
-        if self.soft is None or last:
-            if self.soft is not None:
-                had = 1 - sum(int(m.count_nonzero()) for m in self._by_threshold().values()) / sum(
-                    t.weight.numel() for t in self.live.targets
-                )
-                self._notes[
-                    f"The threshold would have removed {had:.2%}; the scores were ranked for {asked:.2%}."
-                ] = None
-            keep = self._by_scores(asked, last)
-        else:
-            keep = self._by_threshold()
+        last, asked = self.step >= self.end, self.schedule(self.step)
+        fixed = self.soft is not None and self.soft.threshold is not None
+        if fixed and last:
+            had = 1 - sum(int(m.count_nonzero()) for m in self._by_threshold().values()) / sum(
+                t.weight.numel() for t in self.live.targets
+            )
+            self._notes[
+                f"The threshold would have removed {had:.2%}; the scores were ranked for {asked:.2%}."
+            ] = None
+        keep = self._by_threshold() if fixed and not last else self._by_scores(asked, last)
         self._change(keep, asked)
 
     def _by_scores(self, sparsity: float, last: bool) -> dict[str, Tensor]:
@@ -219,7 +224,7 @@ class Movement(Method):
         return {t.name: t.layout.restore(keep[t.name], t.weight.shape) for t in self.live.targets}
 
     def _by_threshold(self) -> dict[str, Tensor]:
-        assert self.soft is not None
+        assert self.soft is not None and self.soft.threshold is not None
         threshold = self.soft.threshold * self._share()
         keep = {}
         for t in self.live.targets:

@@ -150,6 +150,11 @@ class UnitMethod(Method):
         super().__init__(model, Selection(targets, ()), {**settings, "groups": groups})
         self._shadow = Shadow(self.live.targets)
 
+    def __repr__(self) -> str:
+        """As reports of `shrink_` name the criterion."""
+        settings = {k: v for k, v in self.settings.items() if k != "groups"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """Of the groups whose units may close: `kinds` of `shrink_`."""
