@@ -33,10 +33,15 @@ def shrink_page(report: ShrinkReport) -> str:
 
 def _sentence(report: ShrinkReport) -> str:
     cut = [g for g in report.groups if g.kept < g.size]
-    units = sum(g.size - g.kept for g in cut)
-    kinds = ", ".join(sorted({g.kind for g in cut})) or "nothing"
-    chosen = "Training closed them" if report.history else f"Asked: {report.settings['budget']}"
-    return f"{units:,} units ({kinds}) were removed from every tensor that depends on them. {chosen}."
+    parts = []
+    if report.dropped:
+        parts.append(f"{len(report.dropped)} blocks were dropped as a whole.")
+    if cut or not report.dropped:
+        units = sum(g.size - g.kept for g in cut)
+        kinds = ", ".join(sorted({g.kind for g in cut})) or "nothing"
+        parts.append(f"{units:,} units ({kinds}) were removed from every tensor that depends on them.")
+    chosen = "Training closed them." if report.history else f"Asked: {report.settings['budget']}."
+    return " ".join((*parts, chosen))
 
 
 def _cost_section(before: Measurement, after: Measurement) -> Section:

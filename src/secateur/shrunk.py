@@ -90,6 +90,7 @@ class ShrinkReport:
         seconds: of the whole call.
         cuts: the surgery of each step, as data.
         history: of the training that chose the units, if one did.
+        dropped: blocks that went as a whole.
     """
 
     settings: Mapping[str, str]
@@ -112,6 +113,7 @@ class ShrinkReport:
     take_back: Callable[[], None] = field(repr=False, compare=False)
     versions: Mapping[str, str] = field(default_factory=versions)
     history: tuple[Change, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def undo(self) -> None:
         """Give the model its old tensors back: the very same objects, with the values that they had."""
@@ -144,6 +146,7 @@ class ShrinkReport:
             "seconds": dict(self.seconds),
             "versions": dict(self.versions),
             "surgery": as_data(self.cuts),
+            "dropped": list(self.dropped),
             **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
         }
 
@@ -154,6 +157,8 @@ class ShrinkReport:
     def __rich__(self) -> RenderableType:
         how = ", ".join(f"{k} {v}" for k, v in self.settings.items())
         lines = [how]
+        if self.dropped:
+            lines.append(f"Dropped as a whole: {', '.join(self.dropped)}.")
         if self.check is not None:
             lines.append(f"Against the dense model with the same units at zero: {self.check}.")
         if self.unproved is not None:
@@ -166,7 +171,9 @@ class ShrinkReport:
         ]
         lines += self.notes
         texts = (Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False) for line in lines)
-        return Group(_group_table(self), cost_table(self.before, self.after), *texts)
+        cut = any(g.kept < g.size for g in self.groups)
+        groups = _group_table(self) if cut else Text("\n  No units were cut.")
+        return Group(groups, cost_table(self.before, self.after), *texts)
 
     def __str__(self) -> str:
         return printed(self.__rich__())

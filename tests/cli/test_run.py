@@ -120,8 +120,12 @@ def test_blocks_that_training_closed_are_dropped(
     dense, small = sc.load_hf(speaker)[0], sc.load(tmp_path / "out")
     assert len(small.model.layers) < len(dense.model.layers)
     assert report["after"]["parameters"] == sum(p.numel() for p in small.parameters())
-    assert any(note.startswith("Dropped as a whole: model.layers.") for note in report["notes"])
-    assert report["settings"]["criterion"].startswith("L0(sparsity=0.9, begin=1, end=6, rate=0.1, seed=0, bl")
+    gone = len(dense.model.layers) - len(small.model.layers)
+    assert len(report["dropped"]) == gone and report["dropped"][0].startswith("model.layers.")
+    assert f"{gone} blocks were dropped as a whole." in (tmp_path / "out" / "report.html").read_text()
+    assert report["settings"]["criterion"].startswith(
+        "L0(sparsity=0.9, begin=1, end=6, rate=0.1, when=Every(i"
+    )
 
 
 RISE = "schedule: {linear: {initial: 0, final: 0.3, begin: 1, end: 9}}, when: {every: 2}"

@@ -77,7 +77,7 @@ def test_layers_are_dropped_and_then_the_budget_counts_from_what_is_left(
     assert run("shrink", llama, "--out", shallow, "--drop-layers", 1, "--data", tokens) == 0
     assert "Dropped blocks" in (shallow / "report.html").read_text()
     assert len(json.loads((shallow / "report.json").read_text())["influence"]) == 3
-    assert "Dropped model.layers." in capsys.readouterr().out
+    assert "dropped" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(shallow)
     assert model.config.num_hidden_layers == 2 == len(model.model.layers)
     words = ["--drop-layers", 1, "--params", 0.8, "--data", tokens, "--repair", "none"]
@@ -85,7 +85,10 @@ def test_layers_are_dropped_and_then_the_budget_counts_from_what_is_left(
     smaller = sc.load(both)
     assert len(smaller.model.layers) == 2
     assert parameters(smaller) <= 0.8 * parameters(model)
-    assert any("Dropped" in note for note in json.loads((both / "report.json").read_text())["notes"])
+    (dropped,) = json.loads((both / "report.json").read_text())["dropped"]
+    assert dropped.startswith("model.layers.")
+    assert f"Dropped as a whole: {dropped}." in capsys.readouterr().out
+    assert "1 blocks were dropped as a whole." in (both / "report.html").read_text()
 
 
 def test_memory_counts_the_cache(llama: Path, tmp_path: Path, run: Run) -> None:

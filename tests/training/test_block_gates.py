@@ -114,7 +114,7 @@ def test_what_is_dropped_and_shrunk_is_what_the_gates_closed(sparsity):
     if sparsity == 0.95:
         with pytest.raises(BudgetError, match="unit of each group"):
             sc.L0(model, graph, sparsity, begin=20, end=250)
-    l0 = sc.L0(model, graph, sparsity, begin=20, end=250, blocks="stack.*")
+    l0 = sc.L0(model, graph, sparsity, begin=20, end=250, blocks="stack.*", when=sc.every(50))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     x, y = data(10**6, 500)
     with l0.attach(optimizer):
@@ -125,6 +125,13 @@ def test_what_is_dropped_and_shrunk_is_what_the_gates_closed(sparsity):
         train(model, optimizer, 20, 230)
         train(model, optimizer, 50, 250)
     assert settled.isfinite().all()
+    assert [c.step for c in l0.history] == [20, 70, 120, 170, 220, 250]
+    asked = [sparsity * i / 230 for i in (0, 50, 100, 150, 200, 230)]
+    assert [c.asked for c in l0.history] == pytest.approx(asked)
+    for change in l0.history:
+        assert change.layers.keys() == {t.name for t in l0.live.targets}
+        units = [v for k, v in change.layers.items() if k.endswith("weight")]
+        assert sum(units) / 4 == pytest.approx(change.sparsity, abs=1e-6)  # all of one size
     closed = l0.closed_blocks()
     assert closed and len(closed) < 4
     for name in closed:

@@ -152,13 +152,13 @@ def _shrunk(model: nn.Module, method: UnitMethod | GroupLasso) -> tuple[ShrinkRe
         return report, report.cuts
     dropped = drop_layers_(model, closed, example)
     after = Costs.of(model, example)
-    notes = (*report.notes, f"Dropped as a whole: {', '.join(closed)}.", *dropped.notes)
     report = replace(
         report,
         after=after.measured,
         operators_after=after.operators,
         why_not_faster=after.slower_than_expected(Costs(report.before, report.operators_before, after.width)),
         got=float(after.measured.parameters),
-        notes=notes,
+        notes=(*report.notes, *dropped.notes),
+        dropped=closed,
     )
     return report, (*report.cuts, dropped)

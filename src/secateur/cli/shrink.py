@@ -113,7 +113,7 @@ def shrink(
     if drop_layers:
         dropped = _drop(model, drop_layers, example, calibration)
         history.append(dropped.record)
-        notes.append(" ".join((f"Dropped {', '.join(dropped.record.dropped)}.", *dropped.record.notes)))
+        notes += dropped.record.notes
     if budget is not None:
         report = shrink_(
             model,
@@ -135,7 +135,8 @@ def shrink(
         notes.append(shared.loss_note(evaluate, task, old_loss, shared.loss_of(model, held_out)))
     shown: ShrinkReport | DropReport
     if report is not None:
-        shown = report = replace(report, notes=(*notes, *report.notes))
+        gone = dropped.record.dropped if dropped is not None else ()
+        shown = report = replace(report, notes=(*notes, *report.notes), dropped=gone)
         page = shrink_page(report)
     else:
         assert dropped is not None  # one of both was asked for

@@ -107,8 +107,8 @@ class Ticks(Formatter):
         self.form = form
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """Label of one tick."""
-        return self.form(float(x))
+        """Label of one tick, without the rounding errors of where it lies."""
+        return self.form(float(f"{x:.12g}"))
 
     def format_ticks(self, values: Numbers) -> list[str]:
         """Labels of all ticks."""
@@ -116,7 +116,7 @@ class Ticks(Formatter):
         for digits in range(4, 16):
             if len(set(labels)) == len(set(values)):
                 break
-            labels = [self.form(float(value), digits) for value in values]
+            labels = [self.form(float(f"{value:.12g}"), digits) for value in values]
         return labels
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from secateur.core.errors import MaskError, ScheduleError, SecateurError, StatsError
 from secateur.core.names import unwrap
 from secateur.graph import Graph
+from secateur.prune import refuse_class
+from secateur.record import Change
+from secateur.schedules import When, every
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
 from secateur.training.blocks import Gated, gated_blocks
@@ -70,6 +73,7 @@ class L0(UnitMethod):
             none by default. Blocks that normalise the sum of their input and what they add (BERT) cannot.
         rate: learning rate of gates and multipliers, which follows the schedule of the optimizer's.
         initial: :math:`\alpha` at the beginning.
+        when: at which steps the target and the expected share are noted down in `history`.
         seed: of the gates' draws; the same on all ranks.
 
     Raises:
@@ -96,18 +100,22 @@ class L0(UnitMethod):
         blocks: Iterable[str] = (),
         rate: float = 0.1,
         initial: float = 2.2,
+        when: When = every(100),  # noqa: B008, a frozen dataclass
         seed: int = 0,
     ) -> None:
+        refuse_class(when)
         if not 0 <= begin < end:
             raise ScheduleError(f"L0 needs 0 <= begin < end; got begin={begin}, end={end}.")
         if not rate > 0:
             raise SecateurError(f"The learning rate of the gates is above 0; got {rate}.")
-        self.sparsity, self.begin, self.last, self.seed = sparsity, begin, end, seed
+        self.sparsity, self.begin, self.last = sparsity, begin, end
+        self.when, self.seed = when, seed
         settings = {
             "sparsity": repr(sparsity),
             "begin": repr(begin),
             "end": repr(end),
             "rate": repr(rate),
+            "when": repr(when),
             "seed": repr(seed),
         }
         units = Units(unwrap(model), graph, kinds)
@@ -184,10 +192,12 @@ class L0(UnitMethod):
         self._alpha.step(self._gradients, optimizer)
         for alpha in self._alpha.values.values():
             alpha.clamp_(-_CLAMP, _CLAMP)
-        if self.step < self.last:
-            self._draw()
-        else:
+        if self.step == self.last:
             self._settle()
+            return
+        if self.step >= self.begin and self.when(self.step - self.begin):
+            self._note()
+        self._draw()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"gates": self._alpha.state_dict()}
@@ -301,6 +311,17 @@ class L0(UnitMethod):
             for n, a in self._alpha.values.items()
         }
         return {name: gate * kept[name].to(gate.device) for name, gate in expected.items()}
+
+    def _note(self) -> None:
+        """What is expected to be closed now, in all and of each tensor."""
+        odds = {name: float(_open(alpha).mean()) for name, alpha in self._alpha.values.items()}
+        layers = {t.name: 1.0 for t in self.live.targets}
+        for name, uses in self.units.of_tensor.items():
+            layers[name] *= math.prod(odds[group.name] for group, _ in uses)
+        for block in self.blocks:
+            layers |= {t.name: layers[t.name] * odds[block.name] for t in block.writers}
+        closed = {name: 1 - share for name, share in layers.items()}
+        self.history += (Change(self.step, self.target, self.expected, closed, 0),)
 
     def _by_units(self, name: str, gates: Mapping[str, Tensor]) -> Tensor:
         """A dense weight times the gates of the units that it takes in."""

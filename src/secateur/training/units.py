@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,6 +184,13 @@ class UnitMethod(Method):
                 f"{unknown[0]} was not pruned in training: pass kinds= of what was, or exclude it."
             )
         return {g: finished(g, _parted(values[g.name], kept[g.name])) for g in groups}
+
+    def _change(self, keep: Mapping[str, Tensor], asked: float, step: int | None = None) -> None:
+        """As any method; noted down is the share of the groups' parameters, which is what is asked."""
+        super()._change(keep, asked, step)
+        gone = sum(float(self.units.costs[n][~kept.cpu()].sum()) for n, kept in self._kept().items())
+        change = replace(self.history[-1], sparsity=gone / self.units.total)
+        self.history = (*self.history[:-1], change)
 
     def _values(self) -> Mapping[str, Tensor]:
         """What units are worth, by group."""
