@@ -53,7 +53,8 @@ class L0(UnitMethod):
     Blocks named in `blocks` have a gate each besides, on all that they add to the hidden state: a unit in
     such a block is open with the product of both probabilities. At `end` those blocks close that are more
     likely closed than open, the most certain first, as far as the target goes, and further ones only where
-    units alone would not reach it; one of each stack stays. They are the ones to drop::
+    units alone would not reach it; one of each stack stays. What else a block holds goes with it, uncounted.
+    They are the ones to drop::
 
         l0 = sc.L0(model, graph, 0.5, begin=200, end=2000, blocks="*.layers.*")
         ...  # train and `shrink_`, as above
