@@ -17,7 +17,7 @@ FLOORS = [
     "swaps",
     "prune oneshot levels layerwise shrink shrunk dropped scoring selection reconstruct layers stream "
     "training lottery int8 lora fisher",
-    "runtime artifacts checkpoint report pages shrink_page ticket_page integrations",
+    "runtime artifacts checkpoint report pages shrink_page saved_report ticket_page integrations",
     "recipe recipe_schema cli demo ticket_demo testing __init__ __main__",
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}

@@ -102,6 +102,7 @@ from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.prune import prune_
 from secateur.reconstruct import RepairReport, Tokens, repair_
 from secateur.record import Change, LayerRecord, Report
+from secateur.saved_report import load_report
 from secateur.schedules import (
     Schedule,
     constant,
@@ -343,6 +344,7 @@ __all__ = [
     "linear_path",
     "load",
     "load_hf",
+    "load_report",
     "loss_increase",
     "lottery",
     "lowest",

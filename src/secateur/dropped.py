@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from secateur.core.errors import ArtifactError
 from secateur.core.files import write_text
-from secateur.layers import DropRecord, block_influence, drop_layers_, lowest
+from secateur.core.plain import fields_of, value_of
+from secateur.layers import Changes, DropRecord, block_influence, drop_layers_, lowest
 from secateur.measure import Measurement
 from secateur.operators import OperatorTime
 from secateur.printing import printed
@@ -56,6 +58,7 @@ class DropReport:
         return {
             "settings": dict(self.settings),
             "influence": dict(self.influence),
+            "dropped": list(self.record.dropped),
             "record": self.record.to_dict(),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
@@ -67,6 +70,19 @@ class DropReport:
             "notes": list(self.notes),
             "versions": dict(self.versions),
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DropReport:
+        """Inverse of `to_dict` but for the record, of which only the names stay; else `ArtifactError`."""
+        dropped = value_of(tuple[str, ...], data.get("dropped"), "dropped")
+        record = DropRecord(dropped, {}, 0, False, (), Changes((), ()), _nothing)
+        operators = data.get("operators", {})
+        given = {
+            **data,
+            "operators_before": operators.get("before"),
+            "operators_after": operators.get("after"),
+        }
+        return cls(record=record, **fields_of(cls, given, ["record"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON, atomically."""
@@ -85,6 +101,10 @@ class DropReport:
 
     def __str__(self) -> str:
         return printed(self.__rich__())
+
+
+def _nothing() -> None:
+    raise ArtifactError("This report was read from a file: there is no model to put its blocks back into.")
 
 
 def drop_least_(model: nn.Module, n: int, example: Any, batches: Iterable[Any]) -> DropReport:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.core.files import write_text
+from secateur.core.plain import fields_of
 from secateur.masks import Masks
 from secateur.measure import Latency, Measurement
 from secateur.printing import printed
@@ -134,6 +135,12 @@ class Report:
             "versions": dict(self.versions),
             **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], masks: Masks | None = None) -> Report:
+        """Inverse of `to_dict`, which leaves the masks out; `ArtifactError` if the data is something else."""
+        given = {**data, "skipped": [tuple(entry.values()) for entry in data.get("skipped", ())]}
+        return cls(masks=masks if masks is not None else Masks({}), **fields_of(cls, given, ["masks"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON, atomically."""

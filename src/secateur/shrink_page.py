@@ -8,13 +8,21 @@ from typing import Any
 from secateur.dropped import DropReport
 from secateur.measure import Measurement
 from secateur.operators import OperatorTime
-from secateur.pages import footer, history_section
+from secateur.pages import footer, history_section, prune_page
+from secateur.record import Report
 from secateur.report import Section, Table, compact, percent, render
 from secateur.report.figures import grouped_bars, layer_bars
 from secateur.shrunk import GroupRecord, ShrinkReport
 
 _SHORTEST = 0.01  # share of the time below which an operator is not listed
 _SMALLEST = 5e-4  # share of the parameters below which a frozen dimension is not listed
+
+
+def page_of(report: Report | ShrinkReport | DropReport) -> str:
+    """HTML of a report of any kind."""
+    if isinstance(report, ShrinkReport):
+        return shrink_page(report)
+    return drop_page(report) if isinstance(report, DropReport) else prune_page(report)
 
 
 def shrink_page(report: ShrinkReport) -> str:

@@ -16,7 +16,9 @@ from rich.text import Text
 from torch import nn
 
 from secateur.budget import format_amount
+from secateur.core.errors import ArtifactError
 from secateur.core.files import write_text
+from secateur.core.plain import fields_of
 from secateur.graph import Check
 from secateur.measure import Measurement, measure
 from secateur.operators import OperatorTime, operator_times, vector_width, why_not_faster
@@ -150,6 +152,24 @@ class ShrinkReport:
             **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ShrinkReport:
+        """Inverse of `to_dict` but for the surgery; `ArtifactError` if the data is something else.
+
+        There is no model that the result could be undone on, and `cuts` are empty.
+        """
+        repairs = [
+            r | {"skipped": [tuple(s.values()) for s in r["skipped"]]} for r in data.get("repairs", ())
+        ]
+        given = {
+            **data,
+            "frozen": [tuple(entry.values()) for entry in data.get("frozen", ())],
+            "operators_before": data.get("operators", {}).get("before"),
+            "operators_after": data.get("operators", {}).get("after"),
+            "repairs": repairs,
+        }
+        return cls(cuts=(), take_back=_nothing, **fields_of(cls, given, ["cuts", "take_back"]))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as JSON, atomically."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
@@ -177,6 +197,10 @@ class ShrinkReport:
 
     def __str__(self) -> str:
         return printed(self.__rich__())
+
+
+def _nothing() -> None:
+    raise ArtifactError("This report was read from a file: there is no model to give its tensors back to.")
 
 
 def _group_table(report: ShrinkReport) -> Table:

@@ -18,6 +18,7 @@ from secateur.cli.data import read_data
 from secateur.cli.evaluate import evaluate
 from secateur.cli.options import Also, Exclude, Include, MethodName, PatternText, where_of
 from secateur.cli.prune import prune
+from secateur.cli.report import report
 from secateur.cli.run import run as run_recipe
 from secateur.cli.shared import FORMATS, Folder, Length, Samples, Seed, console, open_dense, say
 from secateur.cli.shrink import shrink
@@ -90,6 +91,7 @@ app.command()(allocate)
 app.command()(shrink)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(report)
 app.command("run")(run_recipe)
 
 

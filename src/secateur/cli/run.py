@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import nn
 
-from secateur import pages, recipe
+from secateur import recipe
 from secateur.artifacts import save
 from secateur.artifacts.steps import Surgery
 from secateur.budget import Budget
@@ -29,7 +29,7 @@ from secateur.prune import prune_
 from secateur.recipe import Recipe
 from secateur.record import Report
 from secateur.shrink import shrink_
-from secateur.shrink_page import shrink_page
+from secateur.shrink_page import page_of
 from secateur.shrunk import Costs, ShrinkReport
 from secateur.training import L0, GroupLasso, Method
 from secateur.training.units import UnitMethod
@@ -110,8 +110,7 @@ def run(
         notes.append(shared.loss_note(asked.evaluate, task, old, shared.loss_of(network, held_out)))
     report = replace(report, notes=(*report.notes, *(note for note in notes if note)))
     save(network, asked.out, report=report, surgery=surgery, source=asked.model)
-    page = shrink_page(report) if isinstance(report, ShrinkReport) else pages.prune_page(report)
-    write_text(asked.out / "report.html", page)
+    write_text(asked.out / "report.html", page_of(report))
     if trainer is not None:
         trainer.remove()
     shared.console.print(report)
