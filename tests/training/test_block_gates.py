@@ -11,6 +11,7 @@ from torch.func import functional_call
 import secateur as sc
 from secateur.core.errors import BudgetError, SelectionError
 from secateur.training.draws import generator_at
+from tests.training.test_gates import data, train
 
 
 class Residual(nn.Module):
@@ -39,20 +40,6 @@ class Model(nn.Module):
         for block in self.stack:
             x = block(x)
         return self.head(x)
-
-
-def data(step: int, n: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(step)
-    x = torch.randn(n, 6, generator=g)
-    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
-
-
-def train(model, optimizer, steps, first=0) -> None:
-    for step in range(first, first + steps):
-        x, y = data(step)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
 
 
 def traced(model):

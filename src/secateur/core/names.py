@@ -283,7 +283,7 @@ def _as_globs(globs: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:
     module = name.rpartition(".")[0]
-    return any(fnmatchcase(name, g) or fnmatchcase(module, g) for g in globs)
+    return any(matches(name, g) or matches(module, g) for g in globs)
 
 
 def _refuse_idle_globs(label: str, globs: tuple[str, ...], names: list[str]) -> None:
@@ -299,3 +299,8 @@ def _nothing_left(skipped: list[tuple[str, str]]) -> str:
     more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     why = f" Left out: {shown}{more}." if skipped else " The model has no linear or convolution weights."
     return f"Nothing to prune is selected.{why} Where(also=...) adds a parameter whatever its role."
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob means a name, or is it in full: names hold brackets, which globs read as ranges."""
+    return name == glob or fnmatchcase(name, glob)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from secateur.core.errors import BudgetError, SelectionError, SparsityError
+from secateur.core.names import matches
 
 # Kinds whose unit is a block of channels; aligning their number aligns nothing.
 BLOCKS = frozenset({"heads", "kv_groups", "queries", "repeats", "groups", "experts"})
@@ -129,5 +129,4 @@ def constraints(
 
 
 def _matches(group: GroupLike, key: str) -> bool:
-    # Names hold brackets, which are ranges of characters in a glob: a name in full is that name.
-    return key in (group.kind, group.name) or fnmatchcase(group.name, key)
+    return key == group.kind or matches(group.name, key)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.core.errors import SelectionError
+from secateur.core.names import matches
 from secateur.graph import Graph, Group
 from secateur.selection import Constraint, constraints, signatures
 from secateur.surgery import Plan
@@ -28,18 +28,13 @@ def select_groups(graph: Graph, kinds: Collection[str] | None, exclude: tuple[st
     chosen = [g for g in graph.groups() if kinds is None or g.kind in kinds]
     names = {g: [g.name, *(m.tensor for m in g.members)] for g in chosen}
     for glob in exclude:
-        if not any(_named(n, glob) for g in chosen for n in names[g]):
+        if not any(matches(n, glob) for g in chosen for n in names[g]):
             raise SelectionError(f"exclude={glob!r} matches no group and none of their tensors.")
-    left = [g for g in chosen if not any(_named(n, glob) for n in names[g] for glob in exclude)]
+    left = [g for g in chosen if not any(matches(n, glob) for n in names[g] for glob in exclude)]
     complete = _with_whole_clusters(left, graph.clusters())
     if not complete:
         raise SelectionError(_nothing_to_cut(graph, kinds, chosen, left))
     return complete
-
-
-def _named(name: str, glob: str) -> bool:
-    """Names hold brackets, which are ranges of characters in a glob: a name in full is that name."""
-    return name == glob or fnmatchcase(name, glob)
 
 
 def _with_whole_clusters(groups: Iterable[Group], clusters: Iterable[Sequence[Group]]) -> list[Group]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from secateur.core.errors import SelectionError
 from secateur.core.layout import layout_of
-from secateur.core.names import Target
+from secateur.core.names import Target, matches
 from secateur.graph import Graph, Group
 from secateur.layers.finding import require, survey
 from secateur.layers.proof import check_outputs, outputs
@@ -69,11 +68,11 @@ def _chosen(asked: Sequence[str], known: Mapping[str, str | None]) -> list[str]:
     for name in asked:
         if known.get(name):
             raise SelectionError(f"{name} cannot be dropped: {known[name]}.")
-        matches = [n for n, reason in known.items() if n == name or (not reason and fnmatchcase(n, name))]
-        if not matches:
+        found = [n for n, reason in known.items() if not reason and matches(n, name)]
+        if not found:
             some = ", ".join([n for n, reason in known.items() if not reason][:3])
             raise SelectionError(f"No block that can be dropped is called {name!r}; there are {some}.")
-        chosen |= dict.fromkeys(matches)
+        chosen |= dict.fromkeys(found)
     return [n for n in chosen if not any(n.startswith(f"{other}.") for other in chosen)]
 
 
