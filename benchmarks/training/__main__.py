@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.training.loop import Fit
 from benchmarks.training.methods import METHODS
-from benchmarks.training.nets import NETS, Net
+from benchmarks.training.nets import CACHE, NETS, Net
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FILE, TABLE = RESULTS / "training.jsonl", RESULTS / "training.md"
@@ -62,15 +62,18 @@ def main() -> None:
     done = {tuple(r[k] for k in KEY) for r in rows()}
     for name in arguments.nets:
         net = NETS[name] if arguments.rate is None else replace(NETS[name], rate=arguments.rate)
-        for seed in arguments.seeds:
-            for method in arguments.methods:
-                for sparsity in [0.0] if method == "dense" else arguments.sparsities:
-                    cell = (part, name, method, sparsity, seed, net.epochs, net.rate)
-                    if cell not in done:
-                        write(
-                            dict(zip(KEY, cell, strict=True))
-                            | run(net, method, sparsity, seed, part == "dev")
-                        )
+        cells = [
+            (part, name, method, sparsity, seed, net.epochs, net.rate)
+            for seed in arguments.seeds
+            for method in arguments.methods
+            for sparsity in ([0.0] if method == "dense" else arguments.sparsities)
+        ]
+        cells = [cell for cell in cells if cell not in done]
+        if cells:
+            check_start(part, name, net)
+        for cell in cells:
+            _, _, method, sparsity, seed, *_ = cell
+            write(dict(zip(KEY, cell, strict=True)) | run(net, method, sparsity, seed, part == "dev"))
     write_table()
 
 
@@ -93,6 +96,20 @@ def run(net: Net, method: str, sparsity: float, seed: int, dev: bool) -> dict[st
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
+
+
+def check_start(part: str, name: str, net: Net) -> None:
+    """Refuse cells from other dense weights than those of the cells that they would stand beside.
+
+    Networks that are trained here differ from machine to machine; those that are read, by rounding only.
+    """
+    found = {r["start"] for r in rows() if r["part"] == part and r["net"] == name}
+    start = Fit(net, 0, part == "dev").accuracy(net.dense()) if found else 0.0
+    if any(abs(start - other) > 5e-4 for other in found):
+        raise SystemExit(
+            f"{name}: the dense weights here have an accuracy of {start}, those of finished cells {found}: "
+            f"bring their file to {CACHE}, or delete their rows in {FILE.name} to begin anew."
+        )
 
 
 def rows() -> list[dict[str, Any]]:
