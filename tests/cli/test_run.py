@@ -136,7 +136,7 @@ LONG = {
     "Dynamic": "{rule: RigL, sparsity: 0.5, end: 9, when: {every: 2}}",
     "ACDC": "{criterion: Magnitude, sparsity: 0.5, phases: {phases: "
     "{begin: 1, period: 2, dense_from: 5, sparse_from: 8}}}",
-    "STR": "{sparsity: 0.5, end: 9}",
+    "STR": f"{{{RISE}}}",
     "Growing": "{criterion: Magnitude, sparsity: 0.5, pick: 3, end: 9, increment: 0.1}",
     "UnitMovement": f"{{{RISE}}}",
     "L0": "{sparsity: 0.3, begin: 1, end: 9}",

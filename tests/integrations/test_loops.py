@@ -24,7 +24,7 @@ METHODS = {
     "rigl": lambda m: sc.Dynamic(m, sc.RigL(), 0.7, end=9, when=sc.every(3)),
     "set": lambda m: sc.Dynamic(m, sc.SET(), 0.7, end=9, when=sc.every(3)),
     "movement": lambda m: sc.Movement(m, sc.cubic(0, 0.7, begin=1, end=9), when=sc.every(2)),
-    "str": lambda m: sc.STR(m, 0.7, end=9, initial=-3.0, decay=0.1, when=sc.every(3)),
+    "str": lambda m: sc.STR(m, sc.linear(0, 0.7, begin=1, end=9), when=sc.every(3)),
     "acdc": lambda m: sc.ACDC(m, sc.Magnitude(), 0.7, sc.Phases((2, 4, 8))),
 }
 

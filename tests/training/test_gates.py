@@ -1,6 +1,7 @@
 """L0 gates and STR against autograd, and the exact targets in which they end."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -173,21 +174,30 @@ def test_what_goes_wrong_with_gates():
 # ------ STR
 
 
-def test_str_is_eq_4_to_6_of_the_paper():
+@pytest.mark.parametrize("initial", [-2.5, None])
+def test_str_is_eq_4_to_6_of_the_paper(initial):
+    """With `initial` as it stands; else with thresholds that lie higher by what the sparsity asks."""
     model, twin = net(), net()
     names = ("0.weight", "2.weight")
-    method = sc.STR(model, 0.8, end=100, initial=-2.5, decay=0.02)
+    plan = sc.constant(0.8, begin=0, end=100)
+    method = sc.STR(model, plan, initial=initial, decay=0.02, when=sc.every(1000))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     attached = method.attach(optimizer)
     train(model, optimizer, 25)
 
-    s = {n: torch.tensor(-2.5, requires_grad=True) for n in names}
+    level = 0.0
+    if initial is None:
+        sizes = torch.cat([twin.get_parameter(n).detach().abs().flatten() for n in names]).sort().values
+        level = float(sizes[count(0.8, len(sizes)) - 1].logit())
+    s = {n: torch.tensor(initial or 0.0, requires_grad=True) for n in names}
     reference = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     for step in range(25):
         x, y = data(step)
         reference.zero_grad()
         soft = {
-            n: w.sign() * F.relu(w.abs() - s[n].sigmoid()) for n in names for w in [twin.get_parameter(n)]
+            n: w.sign() * F.relu(w.abs() - (s[n] + level).sigmoid())
+            for n in names
+            for w in [twin.get_parameter(n)]
         }
         F.cross_entropy(functional_call(twin, soft, x), y).backward()
         reference.step()
@@ -196,28 +206,54 @@ def test_str_is_eq_4_to_6_of_the_paper():
                 t -= 0.1 * (t.grad + 0.02 * t)
                 t.grad = None
     for n in names:
-        assert method.thresholds()[n] == pytest.approx(s[n].sigmoid().item(), rel=1e-4)
+        assert method.thresholds()[n] == pytest.approx((s[n] + level).sigmoid().item(), rel=1e-4)
         w = twin.get_parameter(n)
-        expected = w.sign() * F.relu(w.abs() - s[n].sigmoid())
+        expected = w.sign() * F.relu(w.abs() - (s[n] + level).sigmoid())
         torch.testing.assert_close(model.get_parameter(n).detach(), expected.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(method._shadow.dense[n], w.detach(), rtol=1e-4, atol=1e-5)
     attached.release()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_str_ends_in_exact_masks_whatever_the_thresholds_did(decay):
+def test_str_of_the_paper_ends_in_exact_masks_whatever_the_thresholds_did(decay):
     model = net()
-    method = sc.STR(model, 0.6, end=60, initial=-4.0, decay=decay, when=sc.every(20))
+    plan = sc.linear(0, 0.6, begin=10, end=60)
+    method = sc.STR(model, plan, initial=-4.0, decay=decay, when=sc.every(20))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with method.attach(optimizer):
         train(model, optimizer, 80)
     assert method.masks.entries - method.masks.kept == count(0.6, method.masks.entries)
-    assert [c.step for c in method.history] == [20, 40, 60]
-    on_the_way = method.history[1].sparsity
+    assert [c.step for c in method.history] == [10, 30, 50, 60]
+    on_the_way = method.history[2].sparsity
     assert on_the_way > 0.7 if decay else on_the_way < 0.6
-    short = sc.STR(model, 0.6, end=60)
+    (note,) = method.report().notes[1:]
+    assert note.startswith("The thresholds had removed") and note.endswith("ranked for 60.00%.")
+    short = sc.STR(model, plan)
     with pytest.raises(ScheduleError, match="ended at step 3"), short.attach(optimizer):
         train(model, optimizer, 3)
+
+
+def test_str_follows_the_schedule_and_weights_come_back():
+    model = net()
+    plan = sc.cubic(0, 0.9, begin=5, end=60)
+    method = sc.STR(model, plan, when=sc.every(5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    masks = []
+    with method.attach(optimizer):
+        for step in range(70):
+            train(model, optimizer, 1, step)
+            masks.append(method.masks)
+            if step + 1 in range(5, 60, 5):  # the model holds zeros where the weights lie below
+                zeros = sum(int((model.get_parameter(n) == 0).sum()) for n in ("0.weight", "2.weight"))
+                assert abs(zeros - plan(step + 1) * masks[-1].entries) <= 1
+    assert [c.step for c in method.history] == list(range(5, 65, 5))
+    for change in method.history:
+        assert change.sparsity == pytest.approx(change.asked, abs=1.01 / method.masks.entries)
+    assert method.masks.entries - method.masks.kept == count(0.9, method.masks.entries)
+    back = [bool((b[n] & ~a[n]).any()) for a, b in pairwise(masks) for n in a]
+    assert any(back[:-20]) and not any(back[-20:])  # for each of two layers; not after the last change
+    first, second = method.thresholds().values()
+    assert first != second
 
 
 # ------ both
@@ -227,7 +263,7 @@ def test_str_ends_in_exact_masks_whatever_the_thresholds_did(decay):
     "make",
     [
         lambda m: sc.L0(m, traced(m), 0.5, begin=2, end=15),
-        lambda m: sc.STR(m, 0.6, end=15, initial=-3.0, decay=0.05, when=sc.every(4)),
+        lambda m: sc.STR(m, sc.linear(0, 0.6, begin=2, end=15), decay=0.05, when=sc.every(4)),
     ],
     ids=["l0", "str"],
 )

@@ -52,8 +52,8 @@ class Attached:
                 "The optimizer trains none of the weights to be pruned: is it the optimizer of this model?"
             )
         method.live.follow(copies)
+        method.live.write()  # first: a method may start by showing weights that came back since a change
         method.start()
-        method.live.write()
         method.live.write_copies()
         self._mixes = mixes_entries(optimizer)
         self._held_back: list[tuple[Tensor, Tensor]] = []
