@@ -143,27 +143,26 @@ def run(script, **environment):
     )
 
 
-SCRIPT = """
-import torch
-from secateur.runtime import native
-from tests.runtime.test_kernels import LIMITS, weight_of, worst
-print(native.kernels())
-cases = [(5, 70, 0.5, 1), (130, 300, 0.7, 3), (66, 129, 0.95, 60), (3, 3, 1.0, 2)]
-for rows, columns, sparsity, tokens in cases:
-    for dtype, limit in LIMITS.items():
-        errors = worst(weight_of(rows, columns, sparsity, 0), tokens, dtype, 1, threads=2)
-        assert max(errors.values()) < limit, errors
-"""
-
-
-def test_each_path_of_the_dispatch(compiled):
+def test_each_path_of_the_dispatch(compiled, monkeypatch):
     """All that this processor has; test_elsewhere.py has the others."""
-    assert native.usable()[0] == native.kernels()
-    assert native.usable()[-2:] == ["portable", "torch"]
-    for kernels in native.usable():
-        done = run(SCRIPT, SECATEUR_KERNELS=kernels)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == [kernels]
+    paths = native.usable()
+    assert paths[0] == native.kernels()
+    assert paths[-2:] == ["portable", "torch"]
+    cases = [(5, 70, 0.5, 1), (130, 300, 0.7, 3), (66, 129, 0.95, 60), (3, 3, 1.0, 2)]
+    try:
+        for kernels in paths:
+            monkeypatch.setenv("SECATEUR_KERNELS", kernels)
+            native.library.cache_clear()
+            native.pairs.cache_clear()
+            assert native.kernels() == kernels
+            for rows, columns, sparsity, tokens in cases:
+                for dtype, limit in LIMITS.items():
+                    errors = worst(weight_of(rows, columns, sparsity, 0), tokens, dtype, 1, threads=2)
+                    assert max(errors.values()) < limit, (kernels, errors)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+        native.pairs.cache_clear()
 
 
 def test_kernels_that_are_not_there(compiled):
