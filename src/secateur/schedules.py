@@ -191,6 +191,15 @@ def is_due(schedule: Schedule, when: When, step: int) -> bool:
     return step in (schedule.begin, schedule.end) or when(step - schedule.begin)
 
 
+def check_schedule(schedule: object) -> None:
+    """Raise `ScheduleError` unless it is a schedule: a number says how much, but not when."""
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(
+            "A schedule says how much is removed at each step, such as "
+            f"sc.cubic(0, 0.9, begin=1000, end=9000); got {schedule!r}."
+        )
+
+
 def _progress(schedule: Schedule, step: int) -> float:
     length = schedule.end - schedule.begin
     return 1.0 if length == 0 else min(1.0, (step - schedule.begin) / length)

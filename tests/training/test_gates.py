@@ -12,6 +12,7 @@ from torch.func import functional_call
 import secateur as sc
 from secateur.core.errors import BudgetError, MaskError, ScheduleError, SecateurError, SelectionError
 from secateur.core.topk import count
+from secateur.schedules import check_schedule
 from secateur.training import gates
 
 
@@ -254,6 +255,24 @@ def test_str_follows_the_schedule_and_weights_come_back():
     assert any(back[:-20]) and not any(back[-20:])  # for each of two layers; not after the last change
     first, second = method.thresholds().values()
     assert first != second
+    again = sc.STR(net(), plan, when=sc.every(5))
+    again.load_state_dict(method.state_dict())
+    assert again.thresholds() == method.thresholds()
+
+
+def test_str_refuses_what_it_cannot_do():
+    with pytest.raises(ScheduleError, match=r"removed at each step, such as sc\.cubic.*; got 0\.9\."):
+        check_schedule(0.9)  # which all that follow a schedule call; here annotations are checked before
+    plan = sc.linear(0, 0.6, begin=0, end=9)
+    with pytest.raises(SecateurError, match="decay of the thresholds is finite"):
+        sc.STR(net(), plan, decay=float("inf"))
+    with pytest.raises(SecateurError, match="finite number; got initial=nan"):
+        sc.STR(net(), plan, initial=float("nan"))
+    method = sc.STR(net(), plan)
+    for part in ("dense", "thresholds", "level"):
+        state = {k: v for k, v in method.state_dict().items() if k != part}
+        with pytest.raises(MaskError, match="lacks the dense weights and thresholds"):
+            method.load_state_dict(state)
 
 
 # ------ both

@@ -14,7 +14,7 @@ from secateur.core.names import Where, select, unwrap
 from secateur.criteria import Criterion
 from secateur.patterns import Pattern, on_the_way
 from secateur.prune import refuse_class
-from secateur.schedules import Schedule, When, every, is_due
+from secateur.schedules import Schedule, When, check_schedule, every, is_due
 from secateur.training.attach import Optimizer
 from secateur.training.choice import Choice
 from secateur.training.method import Method
@@ -71,6 +71,7 @@ class Gradual(Method):
     ) -> None:
         refuse_class(schedule)
         refuse_class(when)
+        check_schedule(schedule)
         self.schedule, self.when = schedule, when
         selection = select(unwrap(model), where)
         self._choice = Choice(unwrap(model), selection.targets, criterion, pattern, allocation, batches, loss)

@@ -15,7 +15,7 @@ from secateur.core.names import Target, Where, select, unwrap
 from secateur.core.topk import count, keep_largest
 from secateur.patterns import Block, Pattern, Unstructured, on_the_way
 from secateur.prune import check_targets, masks_of, refuse_class
-from secateur.schedules import Schedule, When, every, is_due
+from secateur.schedules import Schedule, When, check_schedule, every, is_due
 from secateur.training.attach import Optimizer
 from secateur.training.method import Method
 from secateur.training.shadow import Scores, Shadow
@@ -106,6 +106,7 @@ class Movement(Method):
     ) -> None:
         for setting in (schedule, when, soft, pattern):
             refuse_class(setting)
+        check_schedule(schedule)
         if rate is None and soft is not None:
             rate = 1e-2
         if rate is not None and not rate > 0:

@@ -15,7 +15,7 @@ from secateur.core.names import Target, Where, select, unwrap
 from secateur.core.topk import count, find_cut
 from secateur.criteria import Magnitude
 from secateur.prune import refuse_class
-from secateur.schedules import Schedule, When, every, is_due
+from secateur.schedules import Schedule, When, check_schedule, every, is_due
 from secateur.training.attach import Optimizer
 from secateur.training.choice import Choice
 from secateur.training.method import Method
@@ -69,8 +69,11 @@ class STR(Method):
     ) -> None:
         refuse_class(schedule)
         refuse_class(when)
-        if not decay >= 0:
-            raise SecateurError(f"The decay of the thresholds is at least 0; got {decay}.")
+        check_schedule(schedule)
+        if not 0 <= decay < math.inf:
+            raise SecateurError(f"The decay of the thresholds is finite and at least 0; got {decay}.")
+        if initial is not None and not math.isfinite(initial):
+            raise SecateurError(f"Thresholds begin at a finite number; got initial={initial}.")
         self.schedule, self.decay, self.when = schedule, decay, when
         self._follows = initial is None
         selection = select(unwrap(model), where)
@@ -93,15 +96,15 @@ class STR(Method):
         return self.schedule.end
 
     def thresholds(self) -> dict[str, float]:
-        """The present threshold of each layer, in the units of its weights."""
+        """The threshold of each layer, in the units of its weights: the last one, once the masks stay."""
         return {t.name: float(self._threshold(t)) for t in self.live.targets}
 
     def start(self) -> None:
         self._shadow.begin()
-        if self.step < self.end:
-            self._show_thresholded()
         if self.step == 0 and not self.history and is_due(self.schedule, self.when, 0):
             self._update()
+        elif self.step < self.end:
+            self._show_thresholded()
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> bool:
@@ -135,21 +138,21 @@ class STR(Method):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        state["thresholds"] = {name: s.clone() for name, s in self._s.items()}
+        state["level"] = {"b": self._b.clone()}
         if self.step < self.end:
             state["dense"] = self._shadow.state_dict()
-            state["thresholds"] = {name: s.clone() for name, s in self._s.items()}
-            state["level"] = {"b": self._b.clone()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        known = state.get("thresholds", {}).keys() == self._s.keys() and "level" in state
+        if not known or (self.step < self.end and "dense" not in state):
+            raise MaskError("The state lacks the dense weights and thresholds of STR.")
+        self._s = {name: s.clone() for name, s in state["thresholds"].items()}
+        self._b = state["level"]["b"].clone()
         if self.step < self.end:
-            known = state.get("thresholds", {}).keys() == self._s.keys()
-            if "dense" not in state or "level" not in state or not known:
-                raise MaskError("The state lacks the dense weights and thresholds of STR.")
             self._shadow.load(state["dense"])
-            self._s = {name: s.clone() for name, s in state["thresholds"].items()}
-            self._b = state["level"]["b"].clone()
 
     @torch.no_grad()
     def _update(self) -> None:

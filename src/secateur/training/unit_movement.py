@@ -12,7 +12,7 @@ from secateur.core.errors import MaskError, SecateurError
 from secateur.core.names import unwrap
 from secateur.graph import Graph
 from secateur.prune import refuse_class
-from secateur.schedules import Schedule, When, every, is_due
+from secateur.schedules import Schedule, When, check_schedule, every, is_due
 from secateur.shrink.entry import DEFAULT_KINDS
 from secateur.training.attach import Optimizer
 from secateur.training.shadow import Scores as Parameters
@@ -67,6 +67,7 @@ class UnitMovement(UnitMethod):
     ) -> None:
         for setting in (schedule, when):
             refuse_class(setting)
+        check_schedule(schedule)
         if not rate > 0:
             raise SecateurError(f"The learning rate of the scores is above 0; got {rate}.")
         self.schedule, self.when = schedule, when
