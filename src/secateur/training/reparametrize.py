@@ -79,9 +79,10 @@ class STR(Method):
         selection = select(unwrap(model), where)
         self._choice = Choice(unwrap(model), selection.targets, Magnitude(), None, global_, None, None)
         self._choice(schedule(schedule.end))  # what cannot be had fails before training
+        follows = "by the schedule" if initial is None else f"from sigmoid({initial!r})"
         settings = {
             "schedule": repr(schedule),
-            "thresholds": f"{'by the schedule' if initial is None else initial!r}, with decay {decay!r}",
+            "thresholds": f"{follows}, with decay {decay!r}",
             "when": repr(when),
             "where": repr(where or Where()),
         }
