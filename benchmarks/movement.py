@@ -203,6 +203,12 @@ def dense(seed: int, rate: float) -> Classifier:
     return model
 
 
+@cache
+def teacher(seed: int, rate: float) -> Remembered:
+    """What it said is kept from one cell to the next."""
+    return Remembered(dense(seed, rate))
+
+
 def run(method: str, sparsity: float, taught: bool, seed: int, part: str, rate: float) -> dict[str, Any]:
     """One cell."""
     started = time.perf_counter()
@@ -213,7 +219,7 @@ def run(method: str, sparsity: float, taught: bool, seed: int, part: str, rate: 
     steps = total_steps()
     rise = sc.cubic(0, sparsity, begin=steps // 10, end=round(0.7 * steps))
     pruning = METHODS[method](model, rise)
-    train(model, seed, rate, pruning, Remembered(dense(seed, rate)) if taught else None)
+    train(model, seed, rate, pruning, teacher(seed, rate) if taught else None)
     pruning.masks.check(model)
     return {
         "accuracy": accuracy(model, part),

@@ -136,11 +136,29 @@ def test_finished_rounds_are_not_repeated(dense, tmp_path):
     assert seen == [1, 2, 2, 3]
     assert found.rounds == expected.rounds and found.masks == expected.masks
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_rounds_of_something_else_are_not_taken(dense, tmp_path):
+    folder, model = tmp_path / "rounds", copy.deepcopy(dense)
+
+    def again(model, criterion):
+        return sc.prune_in_rounds_(model, criterion, (0.5,), lambda *_: None, folder=folder)
+
+    again(model, sc.Magnitude())
     with pytest.raises(ArtifactError, match="other settings"):
-        sc.prune_in_rounds_(model, sc.Taylor(), (0.5,), retrain, folder=tmp_path / "rounds")
-    (tmp_path / "rounds" / "rounds.json").write_text("{")
-    with pytest.raises(ArtifactError, match="is damaged"):
-        sc.prune_in_rounds_(model, sc.Magnitude(), (0.5,), retrain, folder=tmp_path / "rounds")
+        again(copy.deepcopy(dense), sc.Random())
+    other = copy.deepcopy(dense)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1
+    left = copy.deepcopy(other)
+    with pytest.raises(ArtifactError, match="began with other weights"):
+        again(other, sc.Magnitude())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), left.parameters(), strict=True))
+    assert again(copy.deepcopy(dense), sc.Magnitude()).sparsity == pytest.approx(0.5, abs=1e-3)
+    for name in ("001.safetensors", "001.json", "rounds.json"):
+        (folder / name).write_text("{")
+        with pytest.raises(ArtifactError, match="is damaged"):
+            again(copy.deepcopy(dense), sc.Magnitude())
 
 
 def test_learning_rates_of_retraining():

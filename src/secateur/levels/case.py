@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.allocation import Layer
 from secateur.collect.batches import Batch, as_batches
+from secateur.core.digest import take, take_state
 from secateur.core.errors import SecateurError, SparsityError
 from secateur.core.names import Target, Where, select, unwrap
 from secateur.levels.database import Database, build
@@ -165,20 +165,11 @@ def _digest(model: nn.Module, data: Sequence[Batch], settings: Mapping[str, str]
     # The step and reach only choose among levels, so that other ones find those that are there.
     said = {k: v for k, v in settings.items() if k not in ("step", "reach")} | versions()
     found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            found.update(name.encode())
-            _take(found, tensor)
+    take_state(found, model.state_dict())
     for batch in data:
         for leaf in tree_leaves((batch.args, batch.kwargs)):
             if isinstance(leaf, Tensor):
-                _take(found, leaf)
+                take(found, leaf)
             else:
                 found.update(repr(leaf).encode())
     return found.hexdigest()
-
-
-def _take(found: Any, tensor: Tensor) -> None:
-    found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    found.update(plain.view(torch.uint8).numpy().tobytes())

@@ -13,9 +13,9 @@ from dataclasses import fields, is_dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from secateur.core.digest import bytes_of
 from secateur.record import versions
 
 LIBRARIES = ("torch", "secateur", "builtins")  # whose versions say enough
@@ -39,9 +39,7 @@ def _describe(value: Any, seen: set[int]) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        content = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
-        return f"{value.dtype} {list(value.shape)} {content}"
+        return f"{value.dtype} {list(value.shape)} {hashlib.sha256(bytes_of(value)).hexdigest()}"
     if is_dataclass(value) and not isinstance(value, type):
         return {
             "of": _name(type(value)),

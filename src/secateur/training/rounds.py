@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from secateur.allocation import Allocation, uniform
 from secateur.collect import Loss
+from secateur.core.digest import state_digest
 from secateur.core.errors import ArtifactError, ScheduleError, SecateurError
 from secateur.core.files import replacing, write_text
 from secateur.core.names import Where, unwrap
@@ -122,7 +124,7 @@ def prune_in_rounds_(
     Raises:
         ScheduleError: the sparsities do not increase.
         SecateurError: a floor without a metric; no round met the floor; anything that `prune_` raises.
-        ArtifactError: the folder holds rounds of other settings.
+        ArtifactError: the folder holds rounds of other settings or from other weights, or damaged ones.
 
     Reference: Han et al. 2015, Learning both weights and connections; Renda et al. 2020, Comparing rewinding
     and fine-tuning in neural network pruning.
@@ -140,7 +142,6 @@ def prune_in_rounds_(
         "allocation": getattr(allocation, "__name__", repr(allocation)),
         "where": repr(where or Where()),
     }
-    store = None if folder is None else _Store(Path(folder), settings)
 
     def measured() -> float | None:
         if metric is None:
@@ -158,6 +159,7 @@ def prune_in_rounds_(
         return floor is None or value is None or (value >= floor if higher_is_better else value <= floor)
 
     before = _state(model)
+    store = None if folder is None else _Store(Path(folder), settings, before)
     best, chosen, masks = before, 0, Masks({})
     done: list[Round] = []
     try:
@@ -232,19 +234,21 @@ def fine_tuning(factor: Callable[[int], float], *, total: int) -> Callable[[int]
 class _Store:
     """Finished rounds in a folder: weights, masks and figures of each, written in this order."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], before: Mapping[str, Tensor]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        plan = folder / "rounds.json"
-        if plan.is_file():
-            try:
-                found = json.loads(plan.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ArtifactError(f"{plan} is damaged ({error}): choose another folder.") from None
-            if found != settings:
-                raise ArtifactError(f"{folder} holds rounds of other settings: choose another folder.")
-        else:
-            write_text(plan, json.dumps(settings, indent=1) + "\n")
+        plan, wanted = folder / "rounds.json", settings | {"weights": state_digest(before)}
+        if not plan.is_file():
+            write_text(plan, json.dumps(wanted, indent=1) + "\n")
+            return
+        try:
+            found = json.loads(plan.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"{plan} is damaged ({error}): choose another folder.") from None
+        if found != wanted:
+            weights = isinstance(found, dict) and found == wanted | {"weights": found.get("weights")}
+            what = "that began with other weights" if weights else "of other settings"
+            raise ArtifactError(f"{folder} holds rounds {what}: choose another folder.")
 
     def save(self, found: Round, model: nn.Module, masks: Masks) -> None:
         stem = self.folder / f"{found.number:03}"
@@ -256,10 +260,15 @@ class _Store:
 
     def load(self, number: int, model: nn.Module) -> tuple[Round, Masks] | None:
         stem = self.folder / f"{number:03}"
-        if not stem.with_suffix(".json").is_file():
+        figures, weights = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+        if not figures.is_file():
             return None
-        model.load_state_dict(load_file(stem.with_suffix(".safetensors")))
-        found = Round(**json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")))
+        try:
+            found = Round(**json.loads(figures.read_text(encoding="utf-8")))
+            tensors = load_file(weights)
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            raise ArtifactError(f"Round {number} in {self.folder} is damaged: {error}.") from None
+        model.load_state_dict(tensors)
         return found, Masks.load(stem.with_suffix(".masks"))
 
 
