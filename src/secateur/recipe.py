@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from secateur import allocation, criteria, patterns, schedules, solvers, training
 from secateur.core.errors import SecateurError
@@ -79,17 +80,6 @@ class Training:
     distill: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch", 1),
-            ("rate", 0),
-            ("warmup", 0),
-            ("decay", 0),
-            ("clip", 0),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-                raise SecateurError(f"train: {name} is a number of at least {least}; got {value!r}.")
         if self.warmup > self.steps:
             raise SecateurError(f"train: a warm-up of {self.warmup} steps is longer than {self.steps}.")
 
@@ -153,12 +143,29 @@ def load(path: str | os.PathLike[str]) -> Recipe:
     except ModuleNotFoundError:
         raise SecateurError("Recipes are YAML files: pip install pyyaml.") from None
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _loader(yaml))
     except OSError as error:
         raise SecateurError(f"The recipe {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SecateurError(f"{path} is not a YAML file: {error}.") from None
     return of(data)
+
+
+def _loader(yaml: Any) -> Any:
+    """Safe, with numbers as YAML 1.2 and JSON have them: to YAML 1.1 `1e-4` is a text and `2:4` is 124."""
+    whole, real = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[Any] = {
+            first: [(tag, pattern) for tag, pattern in known if tag not in (whole, real)]
+            for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    digits = list("-+.0123456789")
+    Loader.add_implicit_resolver(whole, re.compile(r"[-+]?[0-9]+\Z"), digits)
+    number = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
+    Loader.add_implicit_resolver(real, re.compile(number), digits)
+    return Loader
 
 
 def of(data: Any) -> Recipe:

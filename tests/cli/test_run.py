@@ -254,6 +254,18 @@ def test_what_a_recipe_gets_wrong(text: str, complaint: str, tmp_path: Path) -> 
         recipe.load(file)
 
 
+@pytest.mark.parametrize("rate", ["1e-4", "1.0e-4", "0.0001", "1E-4", "+.1e-3"])
+def test_numbers_are_those_of_json(rate: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    method = "{Movement: {rate: 2e-2, schedule: {cubic: {initial: 0, final: .5, begin: 0, end: 4}}}}"
+    file.write_text(f"train: {{steps: 5, rate: {rate}, method: {method}}}")
+    found = recipe.load(file).train
+    assert found is not None and found.rate == 1e-4 and found.method["Movement"]["rate"] == 0.02
+    file.write_text("prune: {criterion: Magnitude, pattern: 2:4}")  # YAML 1.1 reads 2 minutes, 4 seconds
+    with pytest.raises(SecateurError, match="'2:4' is not known"):
+        recipe.load(file)
+
+
 def test_what_the_command_refuses(
     speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.artifacts.manifest import read_json
 from secateur.collect.batches import Batch
+from secateur.core.digest import take
 from secateur.core.errors import ArtifactError
 from secateur.core.files import write_text
 from secateur.reconstruct.passes import Chain
@@ -124,8 +125,7 @@ def digest(settings: Mapping[str, str], files: Mapping[str, str], data: Sequence
     for batch in data:
         for leaf in tree_leaves((batch.args, batch.kwargs)):
             if isinstance(leaf, Tensor):
-                found.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-                found.update(leaf.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                take(found, leaf)
             else:
                 found.update(repr(leaf).encode())
     return found.hexdigest()
