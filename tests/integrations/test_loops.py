@@ -159,6 +159,20 @@ def test_what_goes_wrong_with_the_trainer(tmp_path):
         hugging_face(METHODS["gradual"](model), model, tmp_path, resume=str(tmp_path / "checkpoint-5"))
 
 
+def test_a_state_of_other_weights_is_not_taken_up(tmp_path):
+    for name, more in (("mine", 0.0), ("elsewhere", 0.1)):
+        model = Net()
+        with torch.no_grad():
+            next(model.parameters()).add_(more)
+        hugging_face(METHODS["gradual"](model), model, tmp_path / name, save_strategy="steps", save_steps=5)
+    model = Net()
+    other = str(tmp_path / "elsewhere" / "checkpoint-5")
+    with pytest.raises(ArtifactError, match="is of other weights"):
+        hugging_face(METHODS["gradual"](model), model, tmp_path / "mine", resume=other)
+    model = Net()
+    hugging_face(METHODS["gradual"](model), model, tmp_path / "elsewhere", resume=other)
+
+
 # ------ Lightning
 
 
