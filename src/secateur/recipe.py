@@ -162,7 +162,7 @@ def _loader(yaml: Any) -> Any:
         }
 
     digits = list("-+.0123456789")
-    Loader.add_implicit_resolver(whole, re.compile(r"[-+]?[0-9]+\Z"), digits)
+    Loader.add_implicit_resolver(whole, re.compile(r"[-+]?(0|[1-9][0-9]*)\Z"), digits)
     number = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
     Loader.add_implicit_resolver(real, re.compile(number), digits)
     return Loader

@@ -235,6 +235,7 @@ def test_only_checked(speaker: Path, words: Path, tmp_path: Path, run: Run) -> N
         ("train: {rate: 0.1}", "needs steps"),
         ("train: {steps: 5, rates: 1}", "did you mean rate?"),
         ("train: {steps: five}", "steps is a number"),
+        ("train: {steps: 09}", "steps is a number"),  # not octal, as to YAML 1.1
         ("train: {steps: 5, warmup: 6}", "longer than 5"),
         ("train: {steps: 5, method: Gradual}", "with its settings"),
         ("train: {steps: 5, method: {Gradul: {}}}", "did you mean Gradual?"),
