@@ -101,7 +101,7 @@ from secateur.measure import Latency, Measurement, measure
 from secateur.patterns import NM, Block, Pattern, PerRow, Unstructured
 from secateur.prune import prune_
 from secateur.reconstruct import RepairReport, Tokens, repair_
-from secateur.record import Change, LayerRecord, Report
+from secateur.record import Change, LayerRecord, Report, TrainLoss
 from secateur.saved_report import load_report
 from secateur.schedules import (
     Schedule,
@@ -302,6 +302,7 @@ __all__ = [
     "Threshold",
     "TicketTable",
     "Tokens",
+    "TrainLoss",
     "Transfer",
     "Trial",
     "Tried",

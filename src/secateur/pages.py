@@ -10,7 +10,7 @@ from typing import Any
 from secateur.inspection import Inspection, LayerInspection
 from secateur.layerwise import Sensitivity
 from secateur.measure import Measurement
-from secateur.record import Change, Report, cost_rows
+from secateur.record import Change, Report, TrainLoss, cost_rows
 from secateur.report import Section, Table, compact, number, percent, render, size
 from secateur.report.figures import Histogram, Series, curves, grouped_bars, heat, histograms, layer_bars
 
@@ -28,8 +28,8 @@ def prune_page(report: Report, before: Inspection | None = None, after: Inspecti
         ("packed size", f"{size(report.before.packed_bytes)} → {size(report.after.packed_bytes)}"),
     ]
     sections = [layers_section(report), sizes_section(report.before, report.after)]
-    if report.history:
-        sections.insert(0, history_section(report.history))
+    if report.history or report.losses:
+        sections.insert(0, training_section(report.history, report.losses))
     if before is not None:
         sections.append(weights_section(before, after))
     sections.append(
@@ -157,8 +157,18 @@ def sizes_section(before: Measurement, after: Measurement) -> Section:
     )
 
 
-def history_section(changes: Sequence[Change]) -> Section:
-    """Sparsity asked and had at each change of the masks while training, in all and by layer."""
+def training_section(changes: Sequence[Change], losses: Sequence[TrainLoss]) -> Section:
+    """The course of the loss, and of the sparsity at each change of the masks."""
+    figures, tables = _sparsity_course(changes) if changes else ([], [])
+    if losses:
+        line = Series("loss", [entry.step for entry in losses], [entry.loss for entry in losses])
+        caption = "Mean loss of the task on the training batches, without what a method or a teacher adds."
+        figures.append(curves([line], "optimizer step", "training loss", yformat=number, caption=caption))
+    return Section("While training", figures=figures, tables=tables)
+
+
+def _sparsity_course(changes: Sequence[Change]) -> tuple[list[Any], list[Table]]:
+    """Sparsity asked and had, in all and by layer."""
     steps = [change.step for change in changes]
     asked = Series("asked", steps, [change.asked for change in changes], dashed=True)
     had = Series("all layers", steps, [change.sparsity for change in changes])
@@ -178,7 +188,7 @@ def history_section(changes: Sequence[Change]) -> Section:
         figures.append(curves(layers, "optimizer step", "sparsity of the layer", yformat=percent))
     rows = [(str(c.step), percent(c.asked), percent(c.sparsity), c.moved) for c in changes]
     table = Table(("step", "asked", "removed", "entries changed"), rows)
-    return Section("While training", figures=figures, tables=[table])
+    return figures, [table]
 
 
 def layers_section(report: Report) -> Section:

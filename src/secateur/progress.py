@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,8 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], what: str, total: int | None = None, done: int = 0) -> Iterator[T]:
-    """Yield `items` while a bar shows how many are done, `done` of `total` before, and the time left."""
+def track(
+    items: Iterable[T], what: str | Callable[[], str], total: int | None = None, done: int = 0
+) -> Iterator[T]:
+    """Yield `items` while a bar shows how many are done, `done` of `total` before, and the time left.
+
+    `what` is said beside the bar; a function is asked anew for each item.
+    """
+    said = what if callable(what) else lambda: what
     console = Console(stderr=True)
     if total is None and hasattr(items, "__len__"):
         try:
@@ -22,7 +28,7 @@ def track(items: Iterable[T], what: str, total: int | None = None, done: int = 0
     count = TextColumn("{task.completed}/{task.total}")
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, completed=done)
+        task = bar.add_task(said(), total=total, completed=done)
         for item in items:
             yield item
-            bar.advance(task)
+            bar.update(task, advance=1, description=said())

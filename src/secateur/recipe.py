@@ -83,6 +83,17 @@ class Training:
         if self.warmup > self.steps:
             raise SecateurError(f"train: a warm-up of {self.warmup} steps is longer than {self.steps}.")
 
+    def __str__(self) -> str:
+        parts = [
+            f"{self.steps} steps of {self.batch} examples",
+            f"AdamW, rate {self.rate:g}" + (f" after {self.warmup} steps of warm-up" if self.warmup else ""),
+            f"falling to zero, weight decay {self.decay:g}, gradients up to a norm of {self.clip:g}",
+        ]
+        if self.distill is not None:
+            settings = ", ".join(f"{name} {value}" for name, value in self.distill.items())
+            parts.append("the dense model as teacher" + (f" ({settings})" if settings else ""))
+        return ", ".join(parts)
+
 
 @dataclass(frozen=True)
 class Recipe:

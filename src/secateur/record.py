@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
@@ -89,10 +89,24 @@ class Change:
 
 
 @dataclass(frozen=True)
+class TrainLoss:
+    """The loss of the task while training.
+
+    Attributes:
+        step: optimizer steps taken, the last of those that it belongs to included.
+        loss: mean over the steps since the entry before, without what a method or a teacher adds.
+    """
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of pruning: what was asked, what was done to each layer, what was left alone and why.
 
-    `history` holds every change of the masks of a method that prunes while training.
+    `history` holds every change of the masks of a method that prunes while training, `losses` the course of
+    the loss where a command trained.
     """
 
     settings: Mapping[str, str]
@@ -104,6 +118,7 @@ class Report:
     seconds: Mapping[str, float]
     masks: Masks = field(repr=False, compare=False)
     history: tuple[Change, ...] = ()
+    losses: tuple[TrainLoss, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
     @property
@@ -133,7 +148,7 @@ class Report:
             "notes": list(self.notes),
             "seconds": dict(self.seconds),
             "versions": dict(self.versions),
-            **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
+            **course(self.history, self.losses),
         }
 
     @classmethod
@@ -157,6 +172,15 @@ class Report:
 
     def __str__(self) -> str:
         return printed(self)
+
+
+def course(history: Sequence[Change], losses: Sequence[TrainLoss]) -> dict[str, Any]:
+    """What happened while training, as plain data; nothing if there was no training."""
+    found = {
+        "history": [change.to_dict() for change in history],
+        "losses": [asdict(entry) for entry in losses],
+    }
+    return {name: entries for name, entries in found.items() if entries}
 
 
 def versions() -> dict[str, str]:

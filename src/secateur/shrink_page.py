@@ -8,7 +8,7 @@ from typing import Any
 from secateur.dropped import DropReport
 from secateur.measure import Measurement
 from secateur.operators import OperatorTime
-from secateur.pages import footer, history_section, prune_page
+from secateur.pages import footer, prune_page, training_section
 from secateur.record import Report
 from secateur.report import Section, Table, compact, percent, render
 from secateur.report.figures import grouped_bars, layer_bars
@@ -33,8 +33,8 @@ def shrink_page(report: ShrinkReport) -> str:
     sections = [_cost_section(before, after), _time_section(report), _groups_section(report)]
     if report.repairs:
         sections.append(_repair_section(report))
-    if report.history:
-        sections.insert(0, history_section(report.history))
+    if report.history or report.losses:
+        sections.insert(0, training_section(report.history, report.losses))
     sections += [_proof_section(report), _frozen_section(report), _how_section(report)]
     return render("Structured pruning report", _sentence(report), facts, sections, footer(report.versions))
 

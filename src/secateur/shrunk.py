@@ -25,7 +25,7 @@ from secateur.operators import OperatorTime, operator_times, vector_width, why_n
 from secateur.printing import printed
 from secateur.reconstruct import RepairReport
 from secateur.reconstruct.worth import Gain
-from secateur.record import Change, versions
+from secateur.record import Change, TrainLoss, course, versions
 from secateur.surgery import Cuts, as_data, save_cuts
 
 _FROZEN = 3  # reasons that the terminal names
@@ -92,6 +92,7 @@ class ShrinkReport:
         seconds: of the whole call.
         cuts: the surgery of each step, as data.
         history: of the training that chose the units, if one did.
+        losses: of that training, where a command trained.
         dropped: blocks that went as a whole.
     """
 
@@ -115,6 +116,7 @@ class ShrinkReport:
     take_back: Callable[[], None] = field(repr=False, compare=False)
     versions: Mapping[str, str] = field(default_factory=versions)
     history: tuple[Change, ...] = ()
+    losses: tuple[TrainLoss, ...] = ()
     dropped: tuple[str, ...] = ()
 
     def undo(self) -> None:
@@ -149,7 +151,7 @@ class ShrinkReport:
             "versions": dict(self.versions),
             "surgery": as_data(self.cuts),
             "dropped": list(self.dropped),
-            **({"history": [change.to_dict() for change in self.history]} if self.history else {}),
+            **course(self.history, self.losses),
         }
 
     @classmethod

@@ -12,6 +12,7 @@ import torch
 import secateur as sc
 from secateur import recipe
 from secateur.core.errors import SecateurError
+from secateur.shrink_page import page_of
 
 RECIPES = list(recipe.shipped().values())
 Run = Callable[..., int]
@@ -186,7 +187,41 @@ def test_the_same_command_goes_on_bit_by_bit(
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), half.parameters(), strict=True))
     reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("whole", "half")]
     assert reports[0].get("history") == reports[1].get("history")
+    assert len(reports[0]["losses"]) == 12 and reports[0]["losses"] == reports[1]["losses"]
     assert reports[0]["after"]["parameters"] == reports[1]["after"]["parameters"]
+
+
+def test_the_course_of_the_loss_is_reported(
+    speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a rate of zero, it is the loss of the model on all examples, again and again."""
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+    distill = "distill: {weight: 0.9}"  # is not part of it
+    file.write_text(
+        f"train: {{steps: 150, batch: 16, rate: 0.0, {distill}, method: {{Gradual: "
+        "{criterion: Magnitude, schedule: {linear: {initial: 0, final: 0.3, begin: 149, end: 150}}}}}\n"
+    )
+    assert run("run", file, "--model", speaker, "--data", words, "--eval", words, "--out", out) == 0
+    report = sc.load_report(out)
+    assert isinstance(report, sc.Report) and [entry.step for entry in report.losses] == list(range(2, 151, 2))
+    loss = float(next(n for n in report.notes if n.startswith("Mean loss")).split(" before")[0].split()[-1])
+    assert all(entry.loss == pytest.approx(loss, abs=1e-4) for entry in report.losses[:74])
+    assert report.settings["training"].startswith("150 steps of 16 examples, AdamW, rate 0, falling to zero")
+    assert report.settings["training"].endswith("as teacher (weight 0.9)") and report.settings["seed"] == "0"
+    page = (out / "report.html").read_text()
+    assert "training loss" in page and "150 steps of 16 examples" in page
+    assert page == page_of(report)
+
+
+def test_a_loss_that_is_no_number_ends_it(
+    speaker: Path, words: Path, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "r.yaml", tmp_path / "out"
+    file.write_text("prune: {criterion: Magnitude, sparsity: 0.5}\ntrain: {steps: 20, rate: 1.0e+30}\n")
+    assert run("run", file, "--model", speaker, "--data", words, "--out", out) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "The training loss is nan after" in said and "train.rate" in said
+    assert not (out / "model.safetensors").exists()
 
 
 def test_another_run_does_not_go_on(

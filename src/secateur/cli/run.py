@@ -105,6 +105,9 @@ def run(
     if isinstance(method, UnitMethod | GroupLasso):
         shrunk, surgery = _shrunk(network, method)
         report = replace(shrunk, history=method.history)
+    if trainer is not None:
+        settings = {**report.settings, "training": str(asked.train), "seed": str(asked.seed)}
+        report = replace(report, settings=settings, losses=trainer.losses())
     notes = [*given.notes, overlap_note(given, held_out)]
     if held_out is not None:
         notes.append(shared.loss_note(asked.evaluate, task, old, shared.loss_of(network, held_out)))

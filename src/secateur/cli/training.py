@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -17,15 +19,18 @@ from secateur import recipe
 from secateur.checkpoint.journal import digest
 from secateur.cli.data import Data
 from secateur.collect.batches import Batch
-from secateur.core.errors import ArtifactError
+from secateur.core.errors import ArtifactError, NonFiniteError
 from secateur.masks import Masks
 from secateur.progress import track
 from secateur.recipe import Recipe, Training
+from secateur.record import TrainLoss
 from secateur.training import Distill, Method
 from secateur.training.state_file import load_state, save_state
 
 FOLDER = ".secateur-training"  # in the folder for the result, until that is there
 _METHOD = "method."  # before the names of a method's own groups of tensors
+_POINTS = 100  # of the course of the loss, at most
+_LATELY = 20  # steps whose loss the progress bar shows
 
 
 class Trainer:
@@ -53,6 +58,7 @@ class Trainer:
         self.model, self.asked, self.plan, self.given = model, asked, asked.train, given
         self.held, self.method, self.teacher = held, method, teacher
         self.step = 0
+        self._losses: list[float] = []  # of each step
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=self.plan.rate, weight_decay=self.plan.decay)
         for group in self.optimizer.param_groups:
@@ -100,7 +106,7 @@ class Trainer:
             self.model.train()
             saved = time.monotonic()
             rounds = islice(_rounds(self.given, plan, self.asked.seed), self.step, steps)
-            for part in track(rounds, "training", total=steps, done=self.step):
+            for part in track(rounds, self._lately, total=steps, done=self.step):
                 self._one(part, distill)
                 if minutes is not None and self.step < steps and time.monotonic() - saved >= 60 * minutes:
                     self._keep()
@@ -108,6 +114,14 @@ class Trainer:
             self.model.eval()
         if self.held:
             self.held.check(self.model)
+
+    def losses(self) -> tuple[TrainLoss, ...]:
+        """The course of the loss, in at most a hundred entries of as many steps."""
+        width = max(1, math.ceil(len(self._losses) / _POINTS))
+        parts = (self._losses[i : i + width] for i in range(0, len(self._losses), width))
+        means = [(len(part), statistics.fmean(part)) for part in parts]
+        ends = accumulate(n for n, _ in means)
+        return tuple(TrainLoss(step, mean) for step, (_, mean) in zip(ends, means, strict=True))
 
     def remove(self) -> None:
         """The result is there: the state is of no use any more."""
@@ -117,14 +131,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate * _factor(self.plan, self.step)
         self.optimizer.zero_grad()
+        task = 0.0
         for batch in part:
             output = self.model(**{k: v for k, v in batch.items() if k != "labels"})
             assert self.given.loss is not None
             loss = self.given.loss(output, batch)
+            task += loss.item() / len(part)
             (loss if distill is None else distill(loss, output)).div(len(part)).backward()
+        if not math.isfinite(task):
+            raise NonFiniteError(
+                f"The training loss is {task} after {self.step} steps: nothing is saved. "
+                "A lower train.rate or a longer train.warmup may help."
+            )
         nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         self.optimizer.step()
         self.step += 1
+        self._losses.append(task)
+
+    def _lately(self) -> str:
+        lately = self._losses[-_LATELY:]
+        return f"training, loss {statistics.fmean(lately):.3f}" if lately else "training"
 
     def _keep(self) -> None:
         state: dict[str, Any] = {
@@ -132,6 +158,7 @@ class Trainer:
             "step": str(self.step),
             "model": _tensors(self.model),
             "random": {"torch": torch.get_rng_state()},
+            "losses": {"task": torch.tensor(self._losses, dtype=torch.float64)},
         }
         for number, entries in self.optimizer.state_dict()["state"].items():
             for key, value in entries.items():
@@ -159,6 +186,7 @@ class Trainer:
             self.method.load_state_dict(own)
         torch.set_rng_state(state["random"]["torch"])
         self.step = int(state["step"])
+        self._losses = state["losses"]["task"].tolist()
 
     def _key(self) -> str:
         """A digest of all that decides the result."""
