@@ -19,7 +19,6 @@ def track(
     `what` is said beside the bar; a function is asked anew for each item.
     """
     said = what if callable(what) else lambda: what
-    console = Console(stderr=True)
     if total is None and hasattr(items, "__len__"):
         try:
             total = len(items)  # type: ignore[arg-type]
@@ -27,8 +26,13 @@ def track(
             total = None
     count = TextColumn("{task.completed}/{task.total}")
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched()) as bar:
         task = bar.add_task(said(), total=total, completed=done)
         for item in items:
             yield item
             bar.update(task, advance=1, description=said())
+
+
+def watched() -> bool:
+    """Whether standard error is a terminal, so that bars are shown."""
+    return Console(stderr=True).is_terminal

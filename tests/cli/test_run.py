@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def test_the_same_command_goes_on_bit_by_bit(
     finally:
         handle.remove()
     assert (tmp_path / "half" / ".secateur-training" / "state.safetensors").is_file()
-    capsys.readouterr()
+    assert re.search(r"Step 5 of 12: training, loss \d\.\d{3}; kept to go on from\.", capsys.readouterr().out)
     assert run(*command, tmp_path / "half") == 0
     assert "Going on after step 5 of 12." in capsys.readouterr().out
     assert not (tmp_path / "half" / ".secateur-training").exists()

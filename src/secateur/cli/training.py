@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from secateur import recipe
 from secateur.checkpoint.journal import digest
+from secateur.cli import shared
 from secateur.cli.data import Data
 from secateur.collect.batches import Batch
 from secateur.core.errors import ArtifactError, NonFiniteError
 from secateur.masks import Masks
-from secateur.progress import track
+from secateur.progress import track, watched
 from secateur.recipe import Recipe, Training
 from secateur.record import TrainLoss
 from secateur.training import Distill, Method
@@ -111,6 +112,8 @@ class Trainer:
                 if minutes is not None and self.step < steps and time.monotonic() - saved >= 60 * minutes:
                     self._keep()
                     saved = time.monotonic()
+                    if not watched():  # a log has no bar
+                        shared.say(f"Step {self.step} of {plan.steps}: {self._lately()}; kept to go on from.")
             self.model.eval()
         if self.held:
             self.held.check(self.model)
