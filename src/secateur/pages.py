@@ -172,7 +172,10 @@ def _sparsity_course(changes: Sequence[Change]) -> tuple[list[Any], list[Table]]
     steps = [change.step for change in changes]
     asked = Series("asked", steps, [change.asked for change in changes], dashed=True)
     had = Series("all layers", steps, [change.sparsity for change in changes])
-    caption = "The final sparsity is exact; dynamic methods keep it and exchange weights."
+    caption = (
+        "The final sparsity is exact, or of whole units the next that they allow; dynamic methods keep it and "
+        "exchange weights."
+    )
     figures = [
         curves([had, asked], "optimizer step", "sparsity", yformat=percent, caption=caption),
         curves(
