@@ -173,8 +173,8 @@ def _sparsity_course(changes: Sequence[Change]) -> tuple[list[Any], list[Table]]
     asked = Series("asked", steps, [change.asked for change in changes], dashed=True)
     had = Series("all layers", steps, [change.sparsity for change in changes])
     caption = (
-        "The final sparsity is exact, or of whole units the next that they allow; dynamic methods keep it and "
-        "exchange weights."
+        "The final sparsity is exact, or of whole units the next that they allow; dynamic methods keep it "
+        "and exchange weights."
     )
     figures = [
         curves([had, asked], "optimizer step", "sparsity", yformat=percent, caption=caption),
