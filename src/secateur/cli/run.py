@@ -105,8 +105,9 @@ def run(
     if isinstance(method, UnitMethod | GroupLasso):
         shrunk, surgery = _shrunk(network, method)
         report = replace(shrunk, history=method.history)
+    report = replace(report, settings={**report.settings, "seed": str(asked.seed)})
     if trainer is not None:
-        settings = {**report.settings, "training": str(asked.train), "seed": str(asked.seed)}
+        settings = {**report.settings, "training": str(asked.train)}
         report = replace(report, settings=settings, losses=trainer.losses())
     notes = [*given.notes, overlap_note(given, held_out)]
     if held_out is not None:

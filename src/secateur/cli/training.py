@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,7 +58,6 @@ class Trainer:
         assert asked.train is not None and asked.out is not None and asked.model is not None
         self.model, self.asked, self.plan, self.given = model, asked, asked.train, given
         self.held, self.method, self.teacher = held, method, teacher
-        self.step = 0
         self._losses: list[float] = []  # of each step
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(trained.values(), lr=self.plan.rate, weight_decay=self.plan.decay)
@@ -66,6 +65,11 @@ class Trainer:
             group["initial_lr"] = self.plan.rate  # as schedulers note it: learned scores follow the rate
         self._names = list(trained)
         self._file = asked.out / FOLDER / "state.safetensors"
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return len(self._losses)
 
     def resume(self) -> bool:
         """Take up a killed run with the same recipe, model and data; whether there was one.
@@ -119,12 +123,12 @@ class Trainer:
             self.held.check(self.model)
 
     def losses(self) -> tuple[TrainLoss, ...]:
-        """The course of the loss, in at most a hundred entries of as many steps."""
-        width = max(1, math.ceil(len(self._losses) / _POINTS))
-        parts = (self._losses[i : i + width] for i in range(0, len(self._losses), width))
-        means = [(len(part), statistics.fmean(part)) for part in parts]
-        ends = accumulate(n for n, _ in means)
-        return tuple(TrainLoss(step, mean) for step, (_, mean) in zip(ends, means, strict=True))
+        """The course of the loss, in at most a hundred entries of as many steps each."""
+        width = max(1, math.ceil(self.step / _POINTS))
+        ends = [*range(width, self.step, width), self.step]
+        starts = [0, *ends[:-1]]
+        parts = [self._losses[start:end] for start, end in zip(starts, ends, strict=True)]
+        return tuple(TrainLoss(end, statistics.fmean(part)) for end, part in zip(ends, parts, strict=True))
 
     def remove(self) -> None:
         """The result is there: the state is of no use any more."""
@@ -141,14 +145,13 @@ class Trainer:
             loss = self.given.loss(output, batch)
             task += loss.item() / len(part)
             (loss if distill is None else distill(loss, output)).div(len(part)).backward()
-        if not math.isfinite(task):
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip).item()
+        if not math.isfinite(norm):  # so is a loss that is no number, whoever adds to it
             raise NonFiniteError(
-                f"The training loss is {task} after {self.step} steps: nothing is saved. "
-                "A lower train.rate or a longer train.warmup may help."
+                f"In step {self.step + 1} the training loss is {task:.4g} and the norm of the gradient {norm}"
+                ": nothing is saved. A lower train.rate or a longer train.warmup may help."
             )
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         self.optimizer.step()
-        self.step += 1
         self._losses.append(task)
 
     def _lately(self) -> str:
@@ -158,7 +161,6 @@ class Trainer:
     def _keep(self) -> None:
         state: dict[str, Any] = {
             "key": self._key(),
-            "step": str(self.step),
             "model": _tensors(self.model),
             "random": {"torch": torch.get_rng_state()},
             "losses": {"task": torch.tensor(self._losses, dtype=torch.float64)},
@@ -188,7 +190,6 @@ class Trainer:
             own = {k.removeprefix(_METHOD): v for k, v in state.items() if k.startswith(_METHOD)}
             self.method.load_state_dict(own)
         torch.set_rng_state(state["random"]["torch"])
-        self.step = int(state["step"])
         self._losses = state["losses"]["task"].tolist()
 
     def _key(self) -> str:

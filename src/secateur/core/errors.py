@@ -35,7 +35,7 @@ class StatsError(SecateurError):
 
 
 class NonFiniteError(SecateurError):
-    """NaN or infinite weights, gradients, scores or losses."""
+    """NaN or infinite weights, gradients or scores."""
 
 
 class MaskError(SecateurError):
