@@ -217,7 +217,7 @@ def test_the_course_of_the_loss_is_reported(speaker: Path, words: Path, tmp_path
     ("text", "step"),
     [
         ("prune: {criterion: Magnitude, sparsity: 0.5}\ntrain: {steps: 20, rate: 1.0e+30}", 2),
-        # A temperature whose square overflows, while the loss of the task is as ever; the last step counts, too.
+        # A temperature whose square overflows, while the loss of the task is as ever. The last step counts.
         (
             "train: {steps: 1, distill: {temperature: 1.0e+30}, method: {Gradual: "
             "{criterion: Magnitude, schedule: {one_shot: {sparsity: 0.5, at: 1}}}}}",
